@@ -1,0 +1,117 @@
+# Two commands need nothing but Python 3.11 and make: "make demo" shows the main job, "make test" checks everything.
+# Both set up .venv first, and skip that while pyproject.toml and constraints.txt stay as they are.
+
+PYTHON ?= python3.11
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.gpseq-installed
+
+# No windows; no "new release of pip" among our output.
+export MPLBACKEND := Agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test setup lint types format tests quick examples docs benchmarks report wheel wheel-test clean help
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        stream a real series and draw the figure (build/demo)"
+	@echo "make test        lint, types, examples, docs, tests and doctests: what CI runs"
+	@echo "make quick       the tests that are not slow"
+	@echo "make format      format and fix what ruff can"
+	@echo "make docs        the documentation (build/docs/html/index.html)"
+	@echo "make benchmarks  measure;  make report  write the report from what was measured"
+	@echo "make wheel-test  install the wheel into an environment of its own and test that"
+	@echo "make clean       remove what was built;  rm -r .venv  starts the set-up afresh"
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+# torch goes first and alone, and the constraint holds it: otherwise pip may choose another build (constraints.txt).
+PIN := pip install --quiet torch==$(TORCH)
+INSTALL := pip install --quiet -c constraints.txt
+CHECK_PIN := -c 'import torch; v = torch.__version__; assert v.startswith("$(TORCH)"), f"torch {v} is not $(TORCH)"'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (some minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m $(PIN)
+	@$(BIN)/python -m $(INSTALL) -e '.[dev,cli]'
+	@$(BIN)/python $(CHECK_PIN)
+	@touch $@
+
+# --- the main job ---------------------------------------------------------------------------------------------------
+
+demo: $(STAMP)
+	@mkdir -p build/demo
+	$(BIN)/gpseq stream gpseq/datasets/data/solar_lean2004.csv --time year --target tsi_11yr_bkgrnd \
+		--chunk 40 --features auto --plot build/demo/solar.png
+	$(BIN)/python -m examples.stream.run --out build/demo
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+# The tests come last, so that pytest's closing line closes the run.
+test: lint types examples docs tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy gpseq
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Doctests of the package, README and documentation snippets and a check of the wheel are part of the same run.
+PYTEST := $(BIN)/python -m pytest -n 2 --timeout 900 --doctest-modules tests gpseq
+
+tests: $(STAMP)
+	$(PYTEST)
+
+quick: $(STAMP)
+	$(PYTEST) -m "not slow"
+
+examples: $(STAMP)
+	@set -e; for run in examples/*/run.py; do \
+		[ -e "$$run" ] || continue; \
+		name=$$(basename "$$(dirname "$$run")"); \
+		echo "examples.$$name.run --smoke"; \
+		$(BIN)/python -m "examples.$$name.run" --smoke --out "build/smoke/$$name"; \
+	done
+
+# -E reads every page anew: an unchanged page would keep its warnings to itself.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d build/docs/doctrees docs build/docs/html
+
+benchmarks: $(STAMP)
+	$(BIN)/python -m benchmarks.run
+
+report: $(STAMP)
+	$(BIN)/python -m benchmarks.report
+
+# --- the wheel ------------------------------------------------------------------------------------------------------
+
+# build/lib is removed first: setuptools would pack what an earlier build left there.
+wheel: $(STAMP)
+	@rm -rf build/lib build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+
+# Runs a copy of the tests outside the checkout, where only the installed package can be imported.
+wheel-test: wheel
+	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	cp -r tests setup.cfg "$$dir"; \
+	$(PYTHON) -m venv "$$dir/venv"; python="$$dir/venv/bin/python"; \
+	"$$python" -m $(PIN); \
+	"$$python" -m $(INSTALL) "$$(ls build/wheel/gpseq-*.whl)[test,cli]"; \
+	"$$python" $(CHECK_PIN); \
+	cd "$$dir"; \
+	"$$python" -c 'import gpseq; assert "site-packages" in gpseq.__file__, gpseq.__file__'; \
+	"$$python" -m pytest -n 2 --timeout 900 tests
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""Gaussian-process sequences: sequence-aware Gaussian processes for GPyTorch.
+
+``import gpseq`` costs nothing: the subpackages are imported when they are first used.
+
+Example:
+    >>> import gpseq
+    >>> len(gpseq.datasets.load_solar())
+    391
+"""
+
+# A literal above every import, so that building the package reads it without importing torch.
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpseq import datasets, features, hippo, linalg, models, plots, storage, variational
+
+__all__ = [
+    "__version__",
+    "datasets",
+    "features",
+    "hippo",
+    "linalg",
+    "models",
+    "plots",
+    "storage",
+    "variational",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return import_module(f"gpseq.{name}")
+    raise AttributeError(f"module 'gpseq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
