@@ -1,0 +1,138 @@
+"""What an inducing variable is: a weighted sum of function values, seen through any kernel."""
+
+from __future__ import annotations
+
+import torch
+from gpytorch.kernels import Kernel
+from linear_operator import LinearOperator, to_dense, to_linear_operator
+from torch import Tensor
+
+from gpseq.precision import Float64Buffers, in_float64
+
+
+def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Tensor:
+    """Dense ``kernel(x1, x2)`` in float64, whatever the dtype of the kernel's hyperparameters.
+
+    Args:
+        kernel: any GPyTorch kernel.
+        x1: ``(*batch, n, d)``.
+        x2: ``(*batch, m, d)``; its batch shape broadcasts with that of ``x1`` and of the kernel.
+        frozen: keep gradients away from the kernel's parameters; they still reach the inputs.
+
+    Returns:
+        ``(*batch, n, m)``, float64.
+    """
+    x1, x2 = align(x1, x2)
+    return in_float64(lambda a, b: to_dense(kernel(a, b)), (kernel,), x1, x2, frozen=frozen).double()
+
+
+def align(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sets of inputs in float64 with one batch shape; not every kernel broadcasts by itself."""
+    x1, x2 = x1.double(), x2.double()
+    if x1.shape[:-2] == x2.shape[:-2]:
+        return x1, x2
+    batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+    return x1.expand(*batch, *x1.shape[-2:]), x2.expand(*batch, *x2.shape[-2:])
+
+
+def evaluate_diagonal(kernel: Kernel, x: Tensor, frozen: bool = False) -> Tensor:
+    """Diagonal of ``kernel(x, x)``, ``(*batch, n)`` for inputs ``(*batch, n, d)``; otherwise as :func:`evaluate`."""
+    return in_float64(lambda a: to_dense(kernel(a, diag=True)), (kernel,), x.double(), frozen=frozen).double()
+
+
+def project(
+    weights: Tensor | LinearOperator, covariance: Tensor, other: Tensor | LinearOperator | None = None
+) -> Tensor:
+    r"""Covariances of linear functionals from covariances of function values, :math:`W K` or :math:`W K W'^\top`.
+
+    The one place where weights meet a kernel: the strategies (which ask the user's model for the prior) and
+    `InducingFeatures` (which is handed a kernel) both end here.
+
+    Args:
+        weights: W, ``(*batch, M, Q)``.
+        covariance: K, ``(*batch, Q, n)``.
+        other: W', ``(*batch, M', n)``, or ``None`` for the identity.
+
+    Returns:
+        ``(*batch, M, n)`` or ``(*batch, M, M')``.
+    """
+    left = weights @ covariance
+    return left if other is None else (other @ left.mT).mT
+
+
+class InducingFeatures(Float64Buffers):
+    r"""Inducing variables :math:`u = W f(z)`: a linear functional of f, by quadrature nodes z and weights W.
+
+    From these two alone follow, for any kernel k,
+
+    .. math::
+        K_{uu} = W k(z, z) W^\top, \qquad K_{uf} = W k(z, x), \qquad K_{uu'} = W k(z, z') W'^\top .
+
+    The model is exactly valid for whatever W and z are: one functional appears in every block. How well :math:`W f(z)`
+    approximates an integral decides only what u *means*.
+
+    Subclasses define :meth:`nodes`, :meth:`weights` and :attr:`num_features`. Where f has a mean function, u is
+    defined on f minus its mean.
+
+    Example:
+        >>> import gpytorch, gpseq
+        >>> features = gpseq.features.InducingPoints(torch.linspace(0, 1, 5))
+        >>> features.kuu(gpytorch.kernels.RBFKernel()).shape
+        torch.Size([5, 5])
+    """
+
+    @property
+    def num_features(self) -> int:
+        """M, the number of inducing variables."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_features.")
+
+    def nodes(self) -> Tensor:
+        """Inputs at which f is summed, ``(*batch, Q, d)``, float64."""
+        raise NotImplementedError(f"{type(self).__name__} must define nodes().")
+
+    def weights(self) -> Tensor | LinearOperator:
+        """Weights of the sum, ``(*batch, M, Q)``, float64."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights().")
+
+    def kuu(self, kernel: Kernel) -> LinearOperator:
+        """Prior covariance of the inducing variables.
+
+        Args:
+            kernel: any GPyTorch kernel; its batch shape broadcasts.
+
+        Returns:
+            ``(*batch, M, M)``, symmetric, float64, without jitter. Dense inside: up to a few thousand features no
+            structure repays its overhead (see the benchmarks).
+        """
+        nodes, weights = self.nodes(), self.weights()
+        covariance = project(weights, evaluate(kernel, nodes, nodes), weights)
+        return to_linear_operator(0.5 * (covariance + covariance.mT))
+
+    def kuf(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """Prior covariance between the inducing variables and f at ``x``.
+
+        Args:
+            kernel: any GPyTorch kernel.
+            x: ``(*batch, n, d)``, or ``(n,)`` for one-dimensional inputs.
+
+        Returns:
+            ``(*batch, M, n)``, float64.
+        """
+        return project(self.weights(), evaluate(kernel, self.nodes(), as_inputs(x)))
+
+    def cross(self, kernel: Kernel, other: InducingFeatures) -> Tensor:
+        """Prior covariance with other features of the same f.
+
+        Args:
+            kernel: any GPyTorch kernel.
+            other: M' features.
+
+        Returns:
+            ``(*batch, M, M')``, float64.
+        """
+        return project(self.weights(), evaluate(kernel, self.nodes(), other.nodes()), other.weights())
+
+
+def as_inputs(x: Tensor) -> Tensor:
+    """Inputs with a column axis: ``(n,)`` becomes ``(n, 1)``, everything else is returned as it is."""
+    return x.unsqueeze(-1) if x.dim() == 1 else x

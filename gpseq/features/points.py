@@ -1,0 +1,64 @@
+"""Ordinary inducing points through the same door."""
+
+from __future__ import annotations
+
+import torch
+from linear_operator.operators import IdentityLinearOperator, LinearOperator
+from torch import Tensor
+
+from gpseq.features.base import InducingFeatures, as_inputs
+
+
+class InducingPoints(InducingFeatures):
+    """Function values at chosen inputs: ``u = f(points)``, weights the identity.
+
+    Everything that works for interdomain features works for these, so every result can be compared with stock
+    GPyTorch, and a streaming sparse GP with inducing points is the same code.
+
+    Args:
+        points: ``(*batch, M, d)``, or ``(M,)`` for one-dimensional inputs. Kept in float64.
+        learn: make the points a parameter (float64) instead of a buffer.
+
+    Raises:
+        TypeError: ``points`` is not a floating-point tensor.
+        ValueError: it has no rows, or values that are not finite.
+
+    Example:
+        >>> InducingPoints(torch.zeros(3, 2)).nodes().shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, points: Tensor, learn: bool = False) -> None:
+        super().__init__()
+        if not isinstance(points, Tensor) or not points.is_floating_point():
+            got = points.dtype if isinstance(points, Tensor) else type(points).__name__
+            raise TypeError(f"points: expected a floating-point tensor (*batch, M, d), got {got}.")
+        points = as_inputs(points.detach())
+        if points.dim() < 2 or points.shape[-2] == 0 or points.shape[-1] == 0:
+            raise ValueError(
+                f"points: expected shape (*batch, M, d) with M and d at least 1, got {tuple(points.shape)}."
+            )
+        if not points.isfinite().all():
+            raise ValueError("points: expected finite values, got NaN or infinity.")
+        points = points.double().clone()
+        if learn:
+            self.points = torch.nn.Parameter(points)
+        else:
+            self.register_buffer("points", points)
+
+    @property
+    def num_features(self) -> int:
+        """M, the number of points."""
+        return self.points.shape[-2]
+
+    def nodes(self) -> Tensor:
+        """The points, ``(*batch, M, d)``, float64."""
+        return self.points.double()
+
+    def weights(self) -> LinearOperator:
+        """The identity, ``(M, M)``."""
+        return IdentityLinearOperator(self.num_features, dtype=torch.float64, device=self.points.device)
+
+    def extra_repr(self) -> str:
+        """Shape of the points."""
+        return f"points={tuple(self.points.shape)}"
