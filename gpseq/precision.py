@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -48,17 +48,25 @@ def in_float64(
         torch.float64
     """
     frozen = frozen and torch.is_grad_enabled()
-    swapped = {
-        f"parts.{index}.{name}": tensor.detach().double() if frozen else tensor.double()
-        for index, module in enumerate(modules)
-        for name, tensor in chain(module.named_parameters(), module.named_buffers())
-        if tensor.is_floating_point() and (tensor.dtype != torch.float64 or (frozen and tensor.requires_grad))
-    }
     device_type = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
     with torch.autocast(device_type, enabled=False):
-        if not swapped:
+        if not frozen and all(t.dtype == torch.float64 for m in modules for t in floating_tensors(m)):
             return function(*args)
+        swapped = {
+            f"parts.{index}.{name}": tensor.detach().double() if frozen else tensor.double()
+            for index, module in enumerate(modules)
+            for name, tensor in chain(module.named_parameters(), module.named_buffers())
+            if tensor.is_floating_point()
+        }
         return torch.func.functional_call(_Call(modules, function), swapped, args)
+
+
+def floating_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Floating parameters and buffers of a module and its children, many times faster than by name."""
+    for part in module.modules():
+        for tensor in chain(part._parameters.values(), part._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                yield tensor
 
 
 class Float64Buffers(nn.Module):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor
 
 from gpseq.features.base import as_inputs
-
-if TYPE_CHECKING:
-    from gpseq.models.streaming_gp import StreamingGP
+from gpseq.variational import OnlineState
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,13 @@ class Observations:
 
 
 def check_observations(
-    model: StreamingGP, x: Tensor, y: Tensor, noise: Tensor | float | None, missing: str
+    state: OnlineState, likelihood: Likelihood, x: Tensor, y: Tensor, noise: Tensor | float | None, missing: str
 ) -> Observations:
-    """Check a chunk against a model and return it in float64; nothing is changed.
+    """Check a chunk against what is to learn it and return it in float64.
 
     Args:
-        model: who is to learn it.
+        state: whose shapes and device decide.
+        likelihood: where noise comes from that is not given.
         x: inputs, ``(n,)`` or ``(*batch, n, d)``.
         y: targets, ``(*batch, n)``.
         noise: noise variances or ``None``, see ``StreamingGP.update``.
@@ -68,7 +66,7 @@ def check_observations(
     """
     if missing not in ("error", "skip"):
         raise ValueError(f"missing: expected 'error' or 'skip', got {missing!r}.")
-    nodes = model.state.nodes
+    nodes = state.nodes
     for name, value in (("x", x), ("y", y)):
         _check_tensor(name, value, nodes.device)
     if x.dim() == 0 or y.dim() == 0:
@@ -81,9 +79,9 @@ def check_observations(
     if y.shape[-1] != inputs.shape[-2]:
         expected = f"{inputs.shape[-2]} targets for x of shape {tuple(x.shape)}"
         raise ValueError(f"y: expected {expected}, got shape {tuple(y.shape)}.")
-    _check_broadcast("x", inputs.shape[:-2], batch := model.state.r.shape[:-1])
+    _check_broadcast("x", inputs.shape[:-2], batch := state.r.shape[:-1])
     _check_broadcast("y", y.shape[:-1], _broadcast(inputs.shape[:-2], batch))
-    noise = _noise(model, noise, y)
+    noise = _noise(likelihood, noise, y)
 
     finite_y = y.isfinite()
     observed = None
@@ -131,9 +129,8 @@ def _check_broadcast(name: str, shape: torch.Size, batch: torch.Size) -> None:
         raise ValueError(f"{name}: batch shape {tuple(shape)} does not broadcast with {tuple(batch)}.") from None
 
 
-def _noise(model: StreamingGP, noise: Tensor | float | None, y: Tensor) -> Tensor:
+def _noise(likelihood: Likelihood, noise: Tensor | float | None, y: Tensor) -> Tensor:
     """Noise variances that broadcast to ``y``."""
-    likelihood = model.likelihood
     if noise is None:
         if isinstance(likelihood, FixedNoiseGaussianLikelihood):
             raise ValueError("noise: a FixedNoiseGaussianLikelihood needs the noise variance of each target, got None.")

@@ -159,8 +159,10 @@ class StreamingGP(ApproximateGP):
             TypeError: something is not a floating-point tensor.
             ValueError: shapes, devices or values do not fit, or times pass a horizon declared ``"fixed"``.
         """
-        data = check_observations(self, x, y, noise, missing)
-        batch = self.state.r.shape[:-1]
+        strategy = self.variational_strategy
+        state = strategy.current_state()
+        data = check_observations(state, self.likelihood, x, y, noise, missing)
+        batch = state.r.shape[:-1]
         if data.batch_shape != batch and torch.broadcast_shapes(data.batch_shape, batch) != batch:
             raise ValueError(
                 f"y: this model has batch shape {tuple(batch)}, which an update cannot change; got x of shape "
@@ -169,8 +171,8 @@ class StreamingGP(ApproximateGP):
         if data.empty:
             return self
         features = self._features_for(data)
-        strategy = self.variational_strategy
-        state = strategy.current_state() if features is self.features else strategy.carried_to(features)
+        if features is not strategy.features:
+            state = strategy.carried_to(features)
         self._replace(features, self._absorb(state, data))
         return self
 
@@ -213,10 +215,12 @@ class StreamingGP(ApproximateGP):
             TypeError: as :meth:`update`.
             ValueError: as :meth:`update`, or shapes that do not broadcast.
         """
-        data = check_observations(self, x, y, noise, missing)
         strategy = self.variational_strategy
+        state = strategy.current_state()
+        data = check_observations(state, self.likelihood, x, y, noise, missing)
         features = self._features_for(data) if extend_horizon and not data.empty else self.features
-        state = strategy.current_state() if features is self.features else strategy.carried_to(features)
+        if features is not self.features:
+            state = strategy.carried_to(features)
         # The copy shares this model's state tensors (values are never changed in place), so a graph in them survives.
         new = copy.deepcopy(self, {id(tensor): tensor for _, tensor in self.state.items()})
         new._replace(copy.deepcopy(features), state if data.empty else self._absorb(state, data))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from gpytorch.kernels import Kernel
@@ -12,7 +11,7 @@ from linear_operator import to_dense
 from torch import Tensor
 
 from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal
-from gpseq.precision import in_float64
+from gpseq.precision import floating_tensors, in_float64
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,5 @@ class Prior:
         which no version counter sees.
         """
         modules = (self.kernel,) if self.mean is None else (self.kernel, self.mean)
-        tensors = [t for module in modules for t in chain(module.parameters(), module.buffers())]
-        values = [t.reshape(-1).double() for t in tensors if t.is_floating_point()]
+        values = [tensor.reshape(-1).double() for module in modules for tensor in floating_tensors(module)]
         return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)

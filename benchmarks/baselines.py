@@ -1,0 +1,140 @@
+"""The peers, all with one interface: ``update(x, y)``, ``predict(x) -> mean, variance`` of new observations."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import gpytorch
+import torch
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import Kernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.variational import NaturalVariationalDistribution, VariationalStrategy
+from torch import Tensor
+
+from examples.stream.ovc import OnlineVariationalConditioning
+from gpseq.features import HippoFeatures, InducingPoints
+from gpseq.models import CapacityWarning, StreamingGP
+
+__all__ = ["Exact", "OnlineVariationalConditioning", "RefitSVGP", "Stream", "StreamingPoints"]
+
+
+class Stream:
+    """``StreamingGP`` on a Legendre memory."""
+
+    def __init__(
+        self,
+        num_features: int,
+        horizon: float,
+        kernel: Kernel,
+        likelihood: GaussianLikelihood,
+        start: float = 0.0,
+        growth: float | str | None = 1.25,
+    ) -> None:
+        features = HippoFeatures(num_features, horizon, start=start)
+        self.model = StreamingGP(features, kernel, likelihood, horizon_growth=growth).eval()
+        self.warnings: list[str] = []
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Learn a chunk; capacity warnings are collected."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CapacityWarning)
+            self.model.update(x, y)
+        self.warnings += [str(w.message) for w in caught]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of new observations."""
+        prediction = self.model.likelihood(self.model(x))
+        return prediction.mean, prediction.variance
+
+
+class StreamingPoints(Stream):
+    """The same update with inducing points: an even grid over what has been seen, laid anew at each chunk."""
+
+    def __init__(self, num_points: int, kernel: Kernel, likelihood: GaussianLikelihood, start: float = 0.0) -> None:
+        self.num_points, self.start = num_points, start
+        self.make = lambda points: StreamingGP(InducingPoints(points), kernel, likelihood).eval()
+        self.warnings: list[str] = []
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Lay the grid over [start, last time], carry the belief over, learn the chunk."""
+        last = x.max().item()
+        if hasattr(self, "model"):
+            last = max(last, self.model.features.nodes().max().item())
+        grid = torch.linspace(self.start, last, self.num_points, dtype=torch.float64)
+        if hasattr(self, "model"):
+            self.model.rebase(InducingPoints(grid))
+        else:
+            self.model = self.make(grid)
+        self.model.update(x, y)
+
+
+class RefitSVGP:
+    """Stock SVGP that keeps all data and is fitted anew at each chunk: the batch ceiling of sparse methods.
+
+    Points on a grid over what has been seen; one natural-gradient step of length one is the exact optimum here.
+    """
+
+    def __init__(self, num_points: int, kernel: Kernel, likelihood: GaussianLikelihood) -> None:
+        self.num_points, self.kernel, self.likelihood = num_points, kernel, likelihood
+        self.data: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add the chunk to the data and fit to all of them."""
+        self.data.append((x, y))
+        x, y = (torch.cat(parts) for parts in zip(*self.data, strict=True))
+        grid = torch.linspace(x.min().item(), x.max().item(), self.num_points, dtype=torch.float64).unsqueeze(-1)
+        self.model = _SVGP(grid, self.kernel).double()
+        optimizer = gpytorch.optim.NGD(self.model.variational_parameters(), num_data=len(y), lr=1.0)
+        objective = gpytorch.mlls.VariationalELBO(self.likelihood, self.model, num_data=len(y))
+        self.model.train()
+        optimizer.zero_grad()
+        (-objective(self.model(x.unsqueeze(-1)), y)).backward()
+        optimizer.step()
+        self.model.eval()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of new observations."""
+        prediction = self.likelihood(self.model(x.unsqueeze(-1)))
+        return prediction.mean, prediction.variance
+
+
+class _SVGP(gpytorch.models.ApproximateGP):
+    def __init__(self, inducing_points: Tensor, kernel: Kernel) -> None:
+        q = NaturalVariationalDistribution(len(inducing_points))
+        super().__init__(VariationalStrategy(self, inducing_points, q, learn_inducing_locations=False))
+        self.covar_module = copy.deepcopy(kernel).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        return MultivariateNormal(torch.zeros_like(x[..., 0]), self.covar_module(x))
+
+
+class Exact:
+    """The exact GP on all data, by one dense factor: the ceiling."""
+
+    def __init__(self, kernel: Kernel, likelihood: GaussianLikelihood) -> None:
+        self.kernel, self.likelihood = kernel, likelihood
+        self.data: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add the chunk and factor anew."""
+        self.data.append((x, y))
+        self.x, y = (torch.cat(parts) for parts in zip(*self.data, strict=True))
+        noisy = self.kernel(self.x).to_dense() + self.likelihood.noise * torch.eye(len(y), dtype=torch.float64)
+        self.factor = torch.linalg.cholesky(noisy)
+        self.weights = torch.cholesky_solve(y.unsqueeze(-1), self.factor).squeeze(-1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of new observations."""
+        cross = self.kernel(x, self.x).to_dense()
+        explained = torch.linalg.solve_triangular(self.factor, cross.mT, upper=False).square().sum(0)
+        return cross @ self.weights, self.kernel(x, diag=True) - explained + self.likelihood.noise
+
+
+Method = Callable[[], Stream | RefitSVGP | Exact | OnlineVariationalConditioning]

@@ -1,0 +1,82 @@
+"""Run the benchmarks: one process a case, one JSON file a case.
+
+python -m benchmarks.run [CASE ...] [--smoke] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CASES = ("solar", "throughput", "conditioning", "covariance", "stretching", "series")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Start a process for each case, so that one case's memory and threads do not disturb the next."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--smoke", action="store_true", help="small sizes: does it run?")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (benchmarks/results, or build/ with --smoke)")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.case) - set(CASES)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    out = args.out or (Path("build/benchmarks") if args.smoke else RESULTS)
+    for case in args.case or CASES:
+        if args.here:
+            measure(case, args.smoke, out)
+            continue
+        command = [sys.executable, "-m", "benchmarks.run", case, "--here", "--out", str(out)]
+        begun = time.perf_counter()
+        code = subprocess.call(command + ["--smoke"] * args.smoke)
+        print(f"{case}: {'failed' if code else 'done'} in {time.perf_counter() - begun:.0f} s", flush=True)
+        if code:
+            return code
+    return 0
+
+
+def measure(case: str, smoke: bool, out: Path) -> None:
+    """Run one case in this process and write its JSON."""
+    import torch
+
+    begun = time.perf_counter()
+    result = importlib.import_module(f"benchmarks.{case}").run(smoke)
+    document = {
+        "case": case,
+        "smoke": smoke,
+        "seconds": time.perf_counter() - begun,
+        "machine": {
+            "device": "cpu",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "gpytorch": importlib.import_module("gpytorch").__version__,
+        },
+        "result": result,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{case}.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
