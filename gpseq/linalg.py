@@ -54,7 +54,7 @@ def cholesky(covariance: Tensor, jitter: float | None = None) -> tuple[Tensor, T
         epsilon = relative * scale
         jittered = covariance + torch.diag_embed(epsilon.unsqueeze(-1).expand(covariance.shape[:-1]))
         factor, info = torch.linalg.cholesky_ex(jittered)
-        if not info.any():
+        if not info.any() and factor.isfinite().all():
             break
         if not covariance.isfinite().all():
             raise NanError(f"covariance of shape {tuple(covariance.shape)} has entries that are not finite.")
@@ -95,7 +95,7 @@ def gaussian_kl(mean: Tensor, scale_tril: Tensor) -> Tensor:
     return 0.5 * (trace + mean.square().sum(-1) - mean.shape[-1]) - half_logdet
 
 
-def natural_to_moments(shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+def natural_to_moments(shift: Tensor, precision: Tensor, smallest: float | None = None) -> tuple[Tensor, Tensor]:
     r"""Mean and lower covariance factor of :math:`N(P^{-1} r, P^{-1})`.
 
     The factor of the inverse comes from the *reversed* Cholesky factor of P and one triangular solve, so the
@@ -104,9 +104,14 @@ def natural_to_moments(shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor
     Args:
         shift: r, ``(*batch, M)``.
         precision: P, symmetric positive definite, ``(*batch, M, M)``.
+        smallest: a known lower bound of the eigenvalues of P. With it, a P that rounding has made indefinite is
+            repaired: its eigenvalues are raised to the bound.
 
     Returns:
         The mean ``(*batch, M)`` and the lower factor of the covariance ``(*batch, M, M)``.
+
+    Raises:
+        NotPSDError: P is not positive definite, and no bound was given.
 
     Example:
         >>> mean, scale_tril = natural_to_moments(torch.tensor([4.0]), torch.tensor([[4.0]]))
@@ -114,9 +119,18 @@ def natural_to_moments(shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor
         (tensor([1.]), tensor([[0.5000]]))
     """
     # P = U U^T with U upper, from the Cholesky factor of P in reversed order; then P^-1 = U^-T U^-1 and U^-T is lower.
-    upper = torch.linalg.cholesky(precision.flip(-1, -2)).flip(-1, -2)
-    eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-    scale_tril = torch.linalg.solve_triangular(upper, eye, upper=True).mT
+    reversed_factor, info = torch.linalg.cholesky_ex(precision.flip(-1, -2))
+    if not info.any():
+        eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+        scale_tril = torch.linalg.solve_triangular(reversed_factor.flip(-1, -2), eye, upper=True).mT
+    elif smallest is not None:
+        values, vectors = torch.linalg.eigh(precision)
+        # Any root of the covariance becomes a lower factor by QR, with the signs of its diagonal made positive.
+        root = vectors * values.clamp_min(smallest).rsqrt().unsqueeze(-2)
+        upper = torch.linalg.qr(root.mT, mode="r").R
+        scale_tril = (upper * upper.diagonal(dim1=-1, dim2=-2).sign().unsqueeze(-1)).mT
+    else:
+        raise NotPSDError(f"precision of shape {tuple(precision.shape)} is not positive definite.")
     mean = (scale_tril @ (scale_tril.mT @ shift.unsqueeze(-1))).squeeze(-1)
     return mean, scale_tril
 

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+from gpytorch.constraints import Interval
 from torch import Tensor, nn
 
 Result = TypeVar("Result")
-
-
-class _Call(nn.Module):
-    """Gives `functional_call` a module whose forward is an arbitrary function that uses other modules."""
-
-    def __init__(self, modules: tuple[nn.Module, ...], function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 def in_float64(
@@ -52,13 +42,41 @@ def in_float64(
     with torch.autocast(device_type, enabled=False):
         if not frozen and all(t.dtype == torch.float64 for m in modules for t in floating_tensors(m)):
             return function(*args)
-        swapped = {
-            f"parts.{index}.{name}": tensor.detach().double() if frozen else tensor.double()
-            for index, module in enumerate(modules)
-            for name, tensor in chain(module.named_parameters(), module.named_buffers())
-            if tensor.is_floating_point()
-        }
-        return torch.func.functional_call(_Call(modules, function), swapped, args)
+        with _promoted(modules, frozen):
+            return function(*args)
+
+
+@contextmanager
+def _promoted(modules: tuple[nn.Module, ...], frozen: bool) -> Iterator[None]:
+    """Float64 stand-ins in place of the modules' tensors, each tensor once however many names it has.
+
+    `torch.func.functional_call` does the same for one tree of modules, but leaves stand-ins behind where a tensor
+    can be reached by two names, as in a kernel that two others share.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor, bool]] = []
+    stand_ins: dict[int, Tensor] = {}
+    for part in {id(part): part for module in modules for part in module.modules()}.values():
+        # Running statistics move on in training; they are buffers, and bounds of constraints are not among them.
+        moves = part.training and not isinstance(part, Interval)
+        tables: tuple[tuple[dict[str, Any], bool, bool], ...] = (
+            (part._parameters, frozen, False),
+            (part._buffers, False, moves),
+        )
+        for table, detach, write_back in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_floating_point() and (tensor.dtype != torch.float64 or detach):
+                    places.append((table, name, tensor, write_back))
+                    stand_ins.setdefault(id(tensor), (tensor.detach() if detach else tensor).double())
+    try:
+        for table, name, tensor, _ in places:
+            table[name] = stand_ins[id(tensor)]
+        yield
+    finally:
+        for table, name, tensor, write_back in places:
+            now, table[name] = table[name], tensor
+            if write_back:
+                with torch.no_grad():
+                    tensor.copy_(now)
 
 
 def floating_tensors(module: nn.Module) -> Iterator[Tensor]:

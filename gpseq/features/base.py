@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from gpytorch.kernels import Kernel
 from linear_operator import LinearOperator, to_dense, to_linear_operator
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from gpseq.precision import Float64Buffers, in_float64
@@ -22,8 +27,18 @@ def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Te
     Returns:
         ``(*batch, n, m)``, float64.
     """
+    notices = quiet() if x1.shape == x2.shape else nullcontext()
     x1, x2 = align(x1, x2)
-    return in_float64(lambda a, b: to_dense(kernel(a, b)), (kernel,), x1, x2, frozen=frozen).double()
+    with notices:
+        return in_float64(lambda a, b: to_dense(kernel(a, b)), (kernel,), x1, x2, frozen=frozen).double()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No notices of jitter that is not ours: a sum with a linear kernel factors itself on the way to its values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        yield
 
 
 def align(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:

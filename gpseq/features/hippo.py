@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -11,7 +10,8 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from gpseq import hippo
-from gpseq.features.base import InducingFeatures, as_inputs, evaluate, evaluate_diagonal, project
+from gpseq.checks import check_count, check_number
+from gpseq.features.base import InducingFeatures, evaluate, evaluate_diagonal, project
 from gpseq.linalg import cholesky
 
 MEASURES = ("legs",)
@@ -95,21 +95,15 @@ class HippoFeatures(InducingFeatures):
         self.register_buffer("_other_inputs", other.double().clone(), persistent=False)
 
     def _set_interval(self, start: float, horizon: float) -> None:
-        for name, value in (("start", start), ("horizon", horizon)):
-            if isinstance(value, bool) or not math.isfinite(float(value)):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}.")
+        start, horizon = check_number("start", start), check_number("horizon", horizon)
         if not horizon > start:
             raise ValueError(f"horizon: expected a time after start={start}, got {horizon}.")
-        self.start, self.horizon = float(start), float(horizon)
+        self.start, self.horizon = start, horizon
 
     def _set_order(self, num_features: int, num_nodes: int | None) -> None:
-        for name, value in (("num_features", num_features), ("num_nodes", num_nodes)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name}: expected an integer, got {value!r}.")
-        if num_features < 1:
-            raise ValueError(f"num_features: expected at least 1, got {num_features}.")
+        check_count("num_features", num_features)
         self._num_nodes_given = num_nodes
-        num_nodes = 2 * num_features + 20 if num_nodes is None else num_nodes
+        num_nodes = 2 * num_features + 20 if num_nodes is None else check_count("num_nodes", num_nodes)
         if num_nodes < num_features:
             raise ValueError(f"num_nodes: expected at least num_features={num_features}, got {num_nodes}.")
         if num_nodes < num_features + 10:
@@ -195,7 +189,7 @@ class HippoFeatures(InducingFeatures):
         Returns:
             ``(*batch, n)``, float64.
         """
-        times = as_inputs(x)[..., self.time_dim].double()
+        times = (x if x.dim() == 1 else x[..., self.time_dim]).double()
         basis = hippo.legs_basis(self.num_features, times, self.start, self.horizon)
         return torch.einsum("...m,mn->...n", coefficients.double(), basis)
 
@@ -253,17 +247,13 @@ class HippoFeatures(InducingFeatures):
         self, kernel: Kernel, tolerance: float = 1e-3, max_features: int = 2048, noise: float | None = None
     ) -> int:
         """As :meth:`required`, on the interval of these features."""
-        if not tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive fraction of the prior variance, got {tolerance}.")
-        if max_features < 1:
-            raise ValueError(f"max_features: expected at least 1, got {max_features}.")
+        check_number("tolerance", tolerance, above=0.0, expected="a positive fraction of the variance")
+        check_count("max_features", max_features)
         if noise is not None:
-            if not noise > 0:
-                raise ValueError(f"noise: expected a positive variance, got {noise}.")
-            tolerance *= min(1.0, noise / evaluate_diagonal(kernel, self.probes()).mean().item())
+            check_number("noise", noise, above=0.0, expected="a positive variance")
         order = min(32, max_features)
         while True:
-            curve = self.with_order(order).residual_curve(kernel)
+            curve = self.with_order(order).residual_curve(kernel, noise)
             if curve[-1] <= tolerance:
                 break
             if order == max_features:
@@ -275,18 +265,19 @@ class HippoFeatures(InducingFeatures):
         # The curve shares the quadrature of the largest order; a smaller memory has fewer nodes of its own, which
         # costs a rough kernel a little.
         needed = int((curve <= tolerance).to(torch.int8).argmax()) + 1
-        while needed < order and self.with_order(needed).residual_curve(kernel)[-1] > tolerance:
-            needed = min(needed + 1 + needed // 50, order)
+        while needed < order and self.with_order(needed).residual_curve(kernel, noise)[-1] > tolerance:
+            needed = min(needed + 1 + needed // 512, order)
         return needed
 
     @torch.no_grad()
-    def residual_curve(self, kernel: Kernel) -> Tensor:
+    def residual_curve(self, kernel: Kernel, noise: float | None = None) -> Tensor:
         """Mean residual prior variance over the horizon for 1, 2, ..., M features, as a fraction of the prior's.
 
         One factorisation serves all orders: the first m whitened features depend on the first m features only.
 
         Args:
             kernel: any GPyTorch kernel; of a batch of kernels the largest residual is taken.
+            noise: a noise variance; the residual is then a fraction of the smaller of the two variances.
 
         Returns:
             ``(M,)``, float64, not increasing.
@@ -296,8 +287,10 @@ class HippoFeatures(InducingFeatures):
         kuf = project(self._weights, evaluate(kernel, self.nodes(), probes))
         whitened = torch.linalg.solve_triangular(factor, kuf, upper=False)
         prior = evaluate_diagonal(kernel, probes)
-        explained = whitened.square().mean(-1).cumsum(-1) / prior.mean(-1).unsqueeze(-1)
-        return (1 - explained).reshape(-1, self.num_features).amax(0)
+        variance = prior.mean(-1).unsqueeze(-1)
+        residual = variance - whitened.square().mean(-1).cumsum(-1)
+        reference = variance if noise is None else variance.clamp_max(noise)
+        return (residual / reference).reshape(-1, self.num_features).amax(0)
 
     def get_extra_state(self) -> Tensor:
         """Order, nodes and interval as numbers, so that a saved stream restores its basis exactly."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from linear_operator.operators import IdentityLinearOperator, LinearOperator
 from torch import Tensor
 
+from gpseq.checks import check_floating
 from gpseq.features.base import InducingFeatures, as_inputs
 
 
@@ -30,10 +33,7 @@ class InducingPoints(InducingFeatures):
 
     def __init__(self, points: Tensor, learn: bool = False) -> None:
         super().__init__()
-        if not isinstance(points, Tensor) or not points.is_floating_point():
-            got = points.dtype if isinstance(points, Tensor) else type(points).__name__
-            raise TypeError(f"points: expected a floating-point tensor (*batch, M, d), got {got}.")
-        points = as_inputs(points.detach())
+        points = as_inputs(check_floating("points", points).detach())
         if points.dim() < 2 or points.shape[-2] == 0 or points.shape[-1] == 0:
             raise ValueError(
                 f"points: expected shape (*batch, M, d) with M and d at least 1, got {tuple(points.shape)}."
@@ -58,6 +58,13 @@ class InducingPoints(InducingFeatures):
     def weights(self) -> LinearOperator:
         """The identity, ``(M, M)``."""
         return IdentityLinearOperator(self.num_features, dtype=torch.float64, device=self.points.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A stream may have been moved to another number of points; the saved ones decide.
+        saved = state_dict.get(f"{prefix}points")
+        if isinstance(saved, Tensor) and saved.shape != self.points.shape:
+            self.points.data = self.points.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Shape of the points."""

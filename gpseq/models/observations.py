@@ -8,6 +8,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor
 
+from gpseq.checks import check_floating
 from gpseq.features.base import as_inputs
 from gpseq.variational import OnlineState
 
@@ -31,16 +32,34 @@ class Observations:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to learn."""
-        return self.y.numel() == 0
+        return self.y.numel() == 0 or (self.observed is not None and not bool(self.observed.any()))
 
     @property
     def batch_shape(self) -> torch.Size:
-        """What x and y broadcast to, without n."""
-        return _broadcast(self.x.shape[:-2], self.y.shape[:-1])
+        """What x, y and noise broadcast to, without n."""
+        return _broadcast(_broadcast(self.x.shape[:-2], self.y.shape[:-1]), self.noise.shape[:-1])
+
+    def check_fits(self, batch: torch.Size) -> None:
+        """Check that learning this chunk leaves a model of batch shape ``batch`` as it is.
+
+        Raises:
+            ValueError: it would become a larger batch.
+        """
+        shapes = {"x": self.x.shape[:-2], "y": self.y.shape[:-1], "noise": self.noise.shape[:-1]}
+        for name, shape in shapes.items():
+            if _broadcast(shape, batch) != batch:
+                raise ValueError(
+                    f"{name}: this model has batch shape {tuple(batch)}, which an update cannot change; got {name} of "
+                    f"shape {tuple(getattr(self, name).shape)}. condition_on_observations gives a batch of models."
+                )
 
     def span(self, column: int) -> tuple[float, float]:
-        """Smallest and largest value of an input column."""
-        low, high = torch.stack(self.x.detach()[..., column].aminmax()).tolist()
+        """Smallest and largest value of an input column, over the observed rows."""
+        values = self.x.detach()[..., column]
+        if self.observed is not None:
+            values = values.expand(torch.broadcast_shapes(values.shape, self.observed.shape))
+            values = values[self.observed.expand(values.shape)]
+        low, high = torch.stack(values.aminmax()).tolist()
         return low, high
 
 
@@ -82,6 +101,7 @@ def check_observations(
     _check_broadcast("x", inputs.shape[:-2], batch := state.r.shape[:-1])
     _check_broadcast("y", y.shape[:-1], _broadcast(inputs.shape[:-2], batch))
     noise = _noise(likelihood, noise, y)
+    _check_broadcast("noise", noise.shape[:-1], _broadcast(y.shape[:-1], batch))
 
     finite_y = y.isfinite()
     observed = None
@@ -107,10 +127,7 @@ def check_observations(
 
 
 def _check_tensor(name: str, value: Tensor, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a floating-point tensor, got {type(value).__name__}.")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}.")
+    check_floating(name, value)
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, where the model is, got one on {value.device}.")
 

@@ -15,6 +15,7 @@ from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
+from gpseq.checks import check_count, check_jitter, check_number
 from gpseq.features import CapacityError, HippoFeatures, InducingFeatures
 from gpseq.models.observations import Observations, check_observations
 from gpseq.models.warmup import fit_hyperparameters
@@ -22,6 +23,10 @@ from gpseq.variational import OnlineState, StreamingVariationalStrategy, online
 
 #: Mean residual prior variance above which a stream says that its memory is too small.
 CAPACITY_WARNING = 0.01
+
+
+#: Beyond this the squares in an evidence overflow.
+LARGEST_LOG_SCALE = 1e150
 
 
 class CapacityWarning(UserWarning):
@@ -103,20 +108,20 @@ class StreamingGP(ApproximateGP):
             raise ValueError(f"transfer: expected one of {online.TRANSFERS}, got {transfer!r}.")
         if learn != "never":
             raise ValueError(f"learn: expected 'never', got {learn!r}.")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive fraction of the prior variance, got {tolerance!r}.")
-        if max_features is not None and max_features < features.num_features:
-            raise ValueError(f"max_features: expected at least {features.num_features}, got {max_features!r}.")
-        if jitter is not None and not 0 <= jitter < 1:
-            raise ValueError(f"jitter: expected a relative number in [0, 1), got {jitter!r}.")
+        tolerance = check_number("tolerance", tolerance, above=0.0, expected="a positive fraction of the variance")
+        if max_features is not None:
+            check_count("max_features", max_features, least=features.num_features)
+        jitter = check_jitter(jitter)
         self.covar_module = covar_module
         self.mean_module = ZeroMean() if mean_module is None else mean_module
         self.likelihood = likelihood
         self.horizon_growth = _check_growth(horizon_growth)
-        self.learn, self.max_features, self.tolerance = learn, max_features, float(tolerance)
+        self.learn, self.max_features, self.tolerance = learn, max_features, tolerance
         device = next((p.device for p in covar_module.parameters()), None)
-        self.variational_strategy = StreamingVariationalStrategy(self, features.to(device), jitter, transfer)
-        self._capacity_warned_at = 0.0
+        features = copy.deepcopy(features).to(device)  # this stream will move them
+        with torch.inference_mode(False):
+            self.variational_strategy = StreamingVariationalStrategy(self, features, jitter, transfer)
+        self._capacity_warned_at = 0.0  # length of the horizon
 
     def forward(self, x: Tensor) -> MultivariateNormal:
         """Prior at ``x``."""
@@ -134,10 +139,10 @@ class StreamingGP(ApproximateGP):
 
     @property
     def num_observations(self) -> int:
-        """Observations absorbed so far, over all batches."""
-        return int(self.state.count)
+        """Observations absorbed so far, by all models of the batch together."""
+        state = self.state
+        return int(state.count.expand(state.r.shape[:-1]).sum())
 
-    @torch.no_grad()
     def update(self, x: Tensor, y: Tensor, noise: Tensor | None = None, missing: str = "error") -> StreamingGP:
         """Absorb a chunk of observations, in place and in bounded memory.
 
@@ -160,20 +165,18 @@ class StreamingGP(ApproximateGP):
             ValueError: shapes, devices or values do not fit, or times pass a horizon declared ``"fixed"``.
         """
         strategy = self.variational_strategy
-        state = strategy.current_state()
-        data = check_observations(state, self.likelihood, x, y, noise, missing)
-        batch = state.r.shape[:-1]
-        if data.batch_shape != batch and torch.broadcast_shapes(data.batch_shape, batch) != batch:
-            raise ValueError(
-                f"y: this model has batch shape {tuple(batch)}, which an update cannot change; got x of shape "
-                f"{tuple(x.shape)} and y of shape {tuple(y.shape)}. condition_on_observations gives a batch."
-            )
-        if data.empty:
-            return self
-        features = self._features_for(data)
-        if features is not strategy.features:
-            state = strategy.carried_to(features)
-        self._replace(features, self._absorb(state, data))
+        # A state made in inference mode could never take part in a graph again.
+        with torch.inference_mode(False), torch.no_grad():
+            state = strategy.current_state()
+            data = check_observations(state, self.likelihood, x, y, noise, missing)
+            batch = state.r.shape[:-1]
+            data.check_fits(batch)
+            if data.empty:
+                return self
+            features, warned_at = self._features_for(data)
+            if features is not strategy.features:
+                state = strategy.carried_to(features)
+            self._replace(features, self._absorb(state, data), warned_at)
         return self
 
     def rebase(self, features: InducingFeatures) -> StreamingGP:
@@ -187,8 +190,8 @@ class StreamingGP(ApproximateGP):
         """
         if not isinstance(features, InducingFeatures):
             raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
-        with torch.no_grad():
-            features = features.to(self.state.G.device)
+        with torch.inference_mode(False), torch.no_grad():
+            features = copy.deepcopy(features).to(self.state.G.device)
             self._replace(features, self.variational_strategy.carried_to(features))
         return self
 
@@ -218,12 +221,14 @@ class StreamingGP(ApproximateGP):
         strategy = self.variational_strategy
         state = strategy.current_state()
         data = check_observations(state, self.likelihood, x, y, noise, missing)
-        features = self._features_for(data) if extend_horizon and not data.empty else self.features
+        features, warned_at = self.features, None
+        if extend_horizon and not data.empty:
+            features, warned_at = self._features_for(data)
         if features is not self.features:
             state = strategy.carried_to(features)
         # The copy shares this model's state tensors (values are never changed in place), so a graph in them survives.
         new = copy.deepcopy(self, {id(tensor): tensor for _, tensor in self.state.items()})
-        new._replace(copy.deepcopy(features), state if data.empty else self._absorb(state, data))
+        new._replace(copy.deepcopy(features), state if data.empty else self._absorb(state, data), warned_at)
         return new
 
     def get_fantasy_model(self, inputs: Tensor, targets: Tensor, **kwargs: Any) -> StreamingGP:
@@ -290,20 +295,30 @@ class StreamingGP(ApproximateGP):
 
     def _absorb(self, state: OnlineState, data: Observations) -> OnlineState:
         state = online.update(state, self.variational_strategy.prior, data.x, data.y, data.noise, data.observed)
-        if not state.c.isfinite().all():
-            raise ValueError("y: the targets are too large, or the noise too small, for the update to be finite.")
+        if not (state.c.abs() < LARGEST_LOG_SCALE).all():
+            raise ValueError("y: the targets are too large, or the noise too small, for float64.")
         return state
 
-    def _replace(self, features: InducingFeatures, state: OnlineState) -> None:
+    def _replace(self, features: InducingFeatures, state: OnlineState, warned_at: float | None = None) -> None:
         """The one place where the stream moves on."""
         self.variational_strategy.features = features
         self.variational_strategy.state = state
+        if warned_at is not None:
+            self._capacity_warned_at = warned_at
 
-    def _features_for(self, data: Observations) -> InducingFeatures:
-        """The features on a horizon that covers ``data``; the present ones if they do."""
+    def get_extra_state(self) -> Tensor:
+        """What is neither parameter nor state: the length of the horizon at the last capacity warning."""
+        return torch.tensor(self._capacity_warned_at, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` wrote."""
+        self._capacity_warned_at = float(state)
+
+    def _features_for(self, data: Observations) -> tuple[InducingFeatures, float | None]:
+        """Features on a horizon that covers ``data`` (the present ones if they do), and when a warning was given."""
         features = self.features
         if not isinstance(features, HippoFeatures):
-            return features
+            return features, None
         first, last = data.span(features.time_dim)
         if first < features.start:
             warnings.warn(
@@ -312,13 +327,13 @@ class StreamingGP(ApproximateGP):
                 stacklevel=3,
             )
         if last <= features.horizon:
-            return features
+            return features, None
         if self.horizon_growth == "fixed":
             raise ValueError(f"x: times up to {last:g} pass the horizon, which is fixed at {features.horizon:g}.")
         features = features.with_horizon(_grown(features, last, self.horizon_growth))
         return self._with_capacity(features)
 
-    def _with_capacity(self, features: HippoFeatures) -> HippoFeatures:
+    def _with_capacity(self, features: HippoFeatures) -> tuple[HippoFeatures, float | None]:
         """Raise the order where that is allowed; warn, once a doubling, where the memory is too small."""
         kernel = self.covar_module
         residual = features.residual_curve(kernel)[-1].item()
@@ -326,18 +341,18 @@ class StreamingGP(ApproximateGP):
             features = features.with_order(int(min(self._required(features), self.max_features)))
             residual = features.residual_curve(kernel)[-1].item()
         length = features.horizon - features.start
-        if residual > CAPACITY_WARNING and length >= 2 * self._capacity_warned_at:
-            self._capacity_warned_at = length
-            needed = self._required(features)
-            named = f"{needed} features" if needed < math.inf else "more features than can be had"
-            warnings.warn(
-                f"{features.num_features} features leave {residual:.1%} of the prior variance on the horizon "
-                f"[{features.start:g}, {features.horizon:g}]: all of the past is remembered worse. {named} would keep "
-                f"it under {self.tolerance:.1%}.",
-                CapacityWarning,
-                stacklevel=5,
-            )
-        return features
+        if residual <= CAPACITY_WARNING or length < 2 * self._capacity_warned_at:
+            return features, None
+        needed = self._required(features)
+        named = f"{needed} features" if needed < math.inf else "more features than can be had"
+        warnings.warn(
+            f"{features.num_features} features leave {residual:.1%} of the prior variance on the horizon "
+            f"[{features.start:g}, {features.horizon:g}]: all of the past is remembered worse. {named} would keep it "
+            f"under {self.tolerance:.1%}.",
+            CapacityWarning,
+            stacklevel=4,  # the caller of update
+        )
+        return features, length
 
     def _required(self, features: HippoFeatures) -> float:
         try:
@@ -359,6 +374,6 @@ def _grown(features: HippoFeatures, last: float, growth: float | str | None) -> 
     if not isinstance(growth, float):
         return last
     length = features.horizon - features.start
-    steps = math.ceil(math.log((last - features.start) / length) / math.log(growth))
-    horizon = features.start + length * growth**steps
-    return horizon if horizon >= last else features.start + length * growth ** (steps + 1)
+    # A time within rounding of a member of the sequence counts as that member.
+    steps = math.ceil(math.log((last - features.start) / length) / math.log(growth) - 1e-11)
+    return max(features.start + length * growth**steps, last)

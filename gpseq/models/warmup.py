@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import gpytorch
 import torch
+from gpytorch.constraints import GreaterThan, Interval
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, Likelihood
 from gpytorch.means import Mean, ZeroMean
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
+from gpseq.checks import check_count, check_floating
 from gpseq.features.base import as_inputs
 
-#: Standard deviation of the random starts in GPyTorch's unconstrained parameters: a factor of a few each way.
-_START_SPREAD = 1.5
+#: Standard deviation of the random starts in the logarithm of a scale: a factor of ten each way is common.
+_START_SPREAD = 2.0
 
 
 class _Window(gpytorch.models.ExactGP):
@@ -41,8 +45,8 @@ def fit_hyperparameters(
 ) -> float:
     """Maximise the exact marginal likelihood of a window, in place, from several starts.
 
-    The first start is the values that the modules have; the others are random around them, in the unconstrained
-    parameters. L-BFGS in float64; the modules keep their dtype. Priors registered on hyperparameters count. The cost
+    The first start is the values that the modules have; the others are random around them, scales by a factor.
+    L-BFGS in float64; the modules keep their dtype. Priors registered on hyperparameters count. The cost
     is cubic in the window. When it raises, the modules are as they were.
 
     Args:
@@ -73,10 +77,12 @@ def fit_hyperparameters(
         True
     """
     x, y = _check_window(x, y)
-    if num_starts < 1:
-        raise ValueError(f"num_starts: expected at least 1, got {num_starts}.")
+    check_count("num_starts", num_starts)
+    check_count("max_iterations", max_iterations)
+    if not isinstance(covar_module, Kernel):
+        raise TypeError(f"covar_module: expected Kernel, got {type(covar_module).__name__}.")
     if noise is not None:
-        window_likelihood: Likelihood = FixedNoiseGaussianLikelihood(noise.double().expand(y.shape))
+        window_likelihood: Likelihood = FixedNoiseGaussianLikelihood(_check_noise(noise, y))
     elif isinstance(likelihood, GaussianLikelihood):
         window_likelihood = likelihood
     else:
@@ -87,51 +93,101 @@ def fit_hyperparameters(
     # A copy is fitted, so that a failure leaves the caller's modules, dtypes and gradients alone.
     fitted = copy.deepcopy(originals).double()
     window = _Window(x, y, fitted[2], fitted[1], fitted[0]).train()
-    parameters = [parameter for parameter in fitted.parameters() if parameter.requires_grad]
-    first = [parameter.detach().clone() for parameter in parameters]
-    best, best_value = None, -math.inf
+    scales = _scales(fitted)
+    first = [scale.read() for scale in scales]
+    best, best_value = first, -math.inf
     for start in range(num_starts):
-        for parameter, value in zip(parameters, first, strict=True):
-            offset = torch.randn(value.shape, generator=generator, dtype=torch.float64) if start else torch.zeros(())
-            parameter.data = value + _START_SPREAD * offset.to(value)
-        reached = _maximise(window, parameters, max_iterations)
+        theta = [value.clone() for value in first]
+        if start > 0:
+            for value in theta:
+                value += _START_SPREAD * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value)
+        reached, where = _maximise(window, scales, theta, max_iterations)
         if reached > best_value:
-            best, best_value = copy.deepcopy(fitted.state_dict()), reached
-    if best is None:
+            best_value, best = reached, where
+    if best_value == -math.inf:
         raise RuntimeError(f"The marginal likelihood was not finite from any of {num_starts} starts.")
-    originals.load_state_dict(best)
+    for scale, value in zip(_scales(originals), best, strict=True):
+        scale.write(value)
     return best_value
 
 
-def _maximise(window: _Window, parameters: list[torch.nn.Parameter], max_iterations: int) -> float:
-    """L-BFGS from the present values; the value reached, or minus infinity where the covariance broke down."""
+class _Scale:
+    """A parameter by its logarithm, measured from its lower bound, so that its unit does not matter to a search.
+
+    Parameters without a lower bound are taken as they are.
+    """
+
+    def __init__(self, parameter: torch.nn.Parameter, constraint: Interval | None) -> None:
+        self.parameter = parameter
+        self.constraint = constraint if isinstance(constraint, GreaterThan) else None
+
+    def read(self) -> Tensor:
+        value = self.parameter.detach().double()
+        if self.constraint is None:
+            return value.clone()
+        above = self.constraint.transform(value) - self.constraint.lower_bound.double()
+        return above.clamp_min(torch.finfo(torch.float64).tiny).log()
+
+    def raw(self, theta: Tensor) -> Tensor:
+        """GPyTorch's unconstrained value."""
+        if self.constraint is None:
+            return theta.clone()
+        return self.constraint.inverse_transform(self.constraint.lower_bound.double() + theta.exp())
+
+    @torch.no_grad()
+    def write(self, theta: Tensor) -> None:
+        self.parameter.copy_(self.raw(theta))
+
+
+def _scales(modules: torch.nn.ModuleList) -> list[_Scale]:
+    return [
+        _Scale(parameter, constraint)
+        for module in cast(Iterable[gpytorch.Module], modules)
+        for _, parameter, constraint in module.named_parameters_and_constraints()
+        if parameter.requires_grad
+    ]
+
+
+def _maximise(
+    window: _Window, scales: list[_Scale], theta: list[Tensor], max_iterations: int
+) -> tuple[float, list[Tensor]]:
+    """L-BFGS from ``theta``: the best value met on the way, minus infinity if none was finite, and where."""
     x, y = window.train_inputs[0], window.train_targets
     objective = gpytorch.mlls.ExactMarginalLogLikelihood(window.likelihood, window)
-    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe")
+    best_value, best = -math.inf, theta
+    theta = [value.requires_grad_() for value in theta]
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -objective(window(x), y) * len(y)
+        nonlocal best_value, best
+        raw = [scale.raw(value) for scale, value in zip(scales, theta, strict=True)]
+        for scale, value in zip(scales, theta, strict=True):
+            scale.write(value)
+        window.zero_grad()
+        value = objective(window(x), y) * len(y)
+        if value.item() > best_value:
+            best_value, best = value.item(), [t.detach().clone() for t in theta]
         if value.requires_grad:
-            value.backward()
-        return value
+            (-value).backward()
+        for t, r, scale in zip(theta, raw, scales, strict=True):
+            gradient = scale.parameter.grad
+            t.grad = None if gradient is None else torch.autograd.grad(r, t, gradient)[0]
+        return -value.detach()
 
     # Above max_cholesky_size GPyTorch would answer with a stochastic estimate, which a line search cannot use.
     with gpytorch.settings.max_cholesky_size(len(y) + 1), torch.enable_grad():
         try:
-            if parameters:
-                optimizer.step(loss)
-            reached = -loss().item()
+            if theta:
+                torch.optim.LBFGS(theta, max_iter=max_iterations, line_search_fn="strong_wolfe").step(loss)
+            else:
+                loss()
         except (NanError, NotPSDError):
-            return -math.inf
-    return reached if math.isfinite(reached) else -math.inf
+            pass  # a step too far; what was met before it counts
+    return best_value if math.isfinite(best_value) else -math.inf, best
 
 
 def _check_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {got}.")
+    check_floating("x", x)
+    check_floating("y", y)
     inputs = as_inputs(x)
     if inputs.dim() != 2 or y.dim() != 1 or len(y) != len(inputs) or len(y) == 0:
         shapes = f"{tuple(y.shape)} for x of shape {tuple(x.shape)}"
@@ -140,3 +196,12 @@ def _check_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if not value.isfinite().all():
             raise ValueError(f"{name}: expected finite values, got NaN or infinity.")
     return inputs.detach().double(), y.detach().double()
+
+
+def _check_noise(noise: Tensor, y: Tensor) -> Tensor:
+    noise = check_floating("noise", noise).detach().double()
+    if noise.dim() > 1 or noise.numel() not in (1, len(y)):
+        raise ValueError(f"noise: expected a scalar or shape ({len(y)},), as y has, got {tuple(noise.shape)}.")
+    if not (noise.isfinite() & (noise > 0)).all():
+        raise ValueError("noise: expected finite positive variances.")
+    return noise.expand(y.shape)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from linear_operator import LinearOperator
+from linear_operator.operators import TriangularLinearOperator
 from torch import Tensor
 
 
@@ -67,6 +68,36 @@ class CastLinearOperator(LinearOperator):
 
     def _permute_batch(self, *dims: int) -> LinearOperator:
         return CastLinearOperator(self.base._permute_batch(*dims), dtype=self._dtype)
+
+    def _cholesky(self, upper: bool = False) -> LinearOperator:
+        # A covariance that is positive definite in the dtype of the base may not be so after rounding.
+        return TriangularLinearOperator(self.base.cholesky(upper=upper).to_dense().to(self._dtype), upper=upper)
+
+    def zero_mean_mvn_samples(self, num_samples: int) -> Tensor:
+        """Samples drawn in the dtype of the base and rounded, ``(num_samples, *batch, n)``."""
+        return self.base.zero_mean_mvn_samples(num_samples).to(self._dtype)
+
+    def type(self, dtype: torch.dtype) -> LinearOperator:
+        """The same operator seen in another dtype."""
+        return self.base if dtype == self.base.dtype else CastLinearOperator(self.base, dtype=dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> LinearOperator:
+        """The same operator on another device or seen in another dtype."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        base = self.base if device is None else self.base.to(device)
+        return CastLinearOperator(base, dtype=self._dtype).type(self._dtype if dtype is None else dtype)
+
+    def float(self, device_id: Any = None) -> LinearOperator:
+        """Seen in float32."""
+        return self.type(torch.float32)
+
+    def double(self, device_id: Any = None) -> LinearOperator:
+        """Seen in float64."""
+        return self.type(torch.float64)
+
+    def half(self, device_id: Any = None) -> LinearOperator:
+        """Seen in float16."""
+        return self.type(torch.float16)
 
     def to_dense(self) -> Tensor:
         """The dense matrix, rounded once."""

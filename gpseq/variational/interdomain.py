@@ -20,10 +20,12 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from gpseq.features.base import InducingFeatures, as_inputs, project
+from gpseq.checks import check_floating, check_jitter
+from gpseq.features.base import InducingFeatures, as_inputs, project, quiet
 from gpseq.linalg import cholesky, gaussian_kl
 from gpseq.precision import in_float64
 from gpseq.variational.cast import CastLinearOperator
+from gpseq.variational.lazy import promote
 
 
 class InterdomainVariationalStrategy(_VariationalStrategy):
@@ -95,8 +97,7 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
                 f"variational_distribution: expected one over num_features={features.num_features} numbers, got "
                 f"{variational_distribution.shape()[-1]}."
             )
-        if jitter is not None and not 0 <= jitter < 1:
-            raise ValueError(f"jitter: expected a relative number in [0, 1), got {jitter}.")
+        jitter = check_jitter(jitter)
         # The model owns this strategy; a registered child would make a cycle.
         object.__setattr__(self, "model", model)
         self.features = features
@@ -126,7 +127,9 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
     @property
     def variational_distribution(self) -> Distribution:
         """q(v), made anew at each access."""
-        return self._variational_distribution()
+        # Some distributions multiply matrices to make q, which autocast would do in half precision.
+        with torch.autocast(self.variational_params_initialized.device.type, enabled=False):
+            return self._variational_distribution()
 
     def kl_divergence(self) -> Tensor:
         """KL divergence from q(v) to its prior, ``(*batch)``, in nats, by dense factors at every size.
@@ -151,9 +154,12 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         Returns:
             Distribution over ``(*batch, n)`` values, in the dtype of ``x``.
         """
-        x = as_inputs(x)
+        x = as_inputs(check_floating("x", x))
         if prior:
             return self.model.forward(x, **kwargs)
+        columns = self.inducing_points.shape[-1]
+        if x.dim() < 2 or x.shape[-1] != columns:
+            raise ValueError(f"x: expected {columns} input columns, as the features have, got shape {tuple(x.shape)}.")
         diagonal = diag and self.training
         mean, covariance, A, q = self._conditional(x, diagonal, **kwargs)
         if not isinstance(q, (MultivariateNormal, Delta)):
@@ -165,7 +171,7 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             scale_tril = _scale_tril(q)
             middle = scale_tril @ (scale_tril.mT @ A) - A  # (S - I) A
         if diagonal:
-            variance = covariance + (A * middle).sum(-2)
+            variance = (covariance + (A * middle).sum(-2)).expand(mean.shape)
             return MultivariateNormal(mean.to(x.dtype), DiagLinearOperator(variance.to(x.dtype)))
         # Lazy on purpose: a caller who asks for variances only never pays for n x n numbers.
         covariance = SumLinearOperator(covariance, MatmulLinearOperator(A.mT, middle))
@@ -184,10 +190,6 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         nodes = self.features.nodes()
         weights = self.features.weights()
         num_nodes = nodes.shape[-2]
-        if x.shape[-1] != nodes.shape[-1]:
-            raise ValueError(
-                f"x: expected {nodes.shape[-1]} input columns, as the features have, got shape {tuple(x.shape)}."
-            )
         batch = torch.broadcast_shapes(nodes.shape[:-2], x.shape[:-2])
         inputs = torch.cat([nodes.expand(*batch, -1, -1), x.double().expand(*batch, -1, -1)], dim=-2)
 
@@ -199,10 +201,11 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
                 prior.mean[..., num_nodes:],
                 to_dense(joint[..., :num_nodes, :num_nodes]),
                 to_dense(joint[..., :num_nodes, num_nodes:]),
-                kff.diagonal(dim1=-1, dim2=-2) if diagonal else kff,
+                kff.diagonal(dim1=-1, dim2=-2) if diagonal else promote(kff),
             )
 
-        mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
+        with quiet():
+            mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
         kuu = project(weights, kzz.double(), weights)
         factor, _ = cholesky(0.5 * (kuu + kuu.mT), self._jitter_val)
         A = torch.linalg.solve_triangular(factor, project(weights, kzf.double()), upper=False)

@@ -43,7 +43,7 @@ class OnlineState:
         G: precision of the likelihood factor, ``(*batch, M, M)``, positive semi-definite.
         r: its shift, ``(*batch, M)``.
         c: its log scale, ``(*batch)``.
-        count: observations absorbed, ``()``, int64.
+        count: observations absorbed by each model of the batch, ``(*batch)``, int64.
         nodes: quadrature nodes of the basis, ``(*batch, Q, d)``.
         factor: L, lower factor of :math:`K_{uu} + \epsilon I`, ``(*batch, M, M)``.
         jitter: :math:`\epsilon`, ``(*batch)``.
@@ -100,18 +100,18 @@ def initial_state(features: InducingFeatures, prior: Prior, jitter: float | None
     covariance = project(weights, prior.covariance(nodes, nodes), weights)
     factor, epsilon = cholesky(0.5 * (covariance + covariance.mT), jitter)
     whitened_weights = torch.linalg.solve_triangular(factor, to_dense(weights), upper=False)
-    order = factor.shape[-1]
-    batch = factor.shape[:-2]
+    whitened_mean = _apply(whitened_weights, prior.mean_at(nodes))
+    batch, order = whitened_mean.shape[:-1], factor.shape[-1]
     return OnlineState(
-        G=factor.new_zeros(*batch, order, order),
+        G=factor.new_zeros(*factor.shape[:-2], order, order),
         r=factor.new_zeros(*batch, order),
         c=factor.new_zeros(batch),
-        count=torch.zeros((), dtype=torch.int64, device=factor.device),
+        count=torch.zeros(batch, dtype=torch.int64, device=factor.device),
         nodes=nodes,
         factor=factor,
         jitter=epsilon,
         whitened_weights=whitened_weights,
-        whitened_mean=_apply(whitened_weights, prior.mean_at(nodes)),
+        whitened_mean=whitened_mean,
         hyperparameters=prior.hyperparameters().to(factor.device),
     )
 
@@ -164,13 +164,13 @@ def update(
     error = y - mean
     if observed is None:
         weight, log_scale = noise.reciprocal(), torch.log(2 * math.pi * noise)
-        count = torch.tensor(error.numel(), device=error.device)
+        count = torch.tensor(error.shape[-1], device=error.device)
     else:
         # A missing target may be NaN, and so may its noise: replace, do not multiply.
         weight = torch.where(observed, noise, math.inf).reciprocal()
         log_scale = torch.where(observed, torch.log(2 * math.pi * noise), 0.0)
         error = torch.where(observed, error, 0.0)
-        count = observed.expand(torch.broadcast_shapes(y.shape, observed.shape)).sum()
+        count = observed.sum(-1)
     information = (A * weight.unsqueeze(-2)) @ A.mT
     residual = (weight * variance).sum(-1) - _trace(information)
     return replace(
@@ -260,7 +260,9 @@ def _transfer_adf(state: OnlineState, B: Tensor, C: Tensor | None) -> tuple[Tens
 
 def posterior(state: OnlineState) -> tuple[Tensor, Tensor]:
     """Mean ``(*batch, M)`` and lower covariance factor ``(*batch, M, M)`` of the whitened inducing vector, q(v)."""
-    return natural_to_moments(state.r, _precision(state))
+    eye = torch.eye(state.num_features, dtype=state.G.dtype, device=state.G.device)
+    # G is positive semi-definite, so P = I + G has no eigenvalue below one, whatever rounding says.
+    return natural_to_moments(state.r, eye + state.G, smallest=1.0)
 
 
 def log_evidence(state: OnlineState) -> Tensor:
@@ -270,19 +272,15 @@ def log_evidence(state: OnlineState) -> Tensor:
     been carried through a basis change it is no longer a bound on the evidence of all data, and it is not comparable
     between chunk sizes: never choose M or the chunk size by it. Kernels may be compared at identical chunks and bases.
     """
-    factor = torch.linalg.cholesky(_precision(state))
-    half = torch.linalg.solve_triangular(factor, state.r.unsqueeze(-1), upper=False).squeeze(-1)
-    return state.c - factor.diagonal(dim1=-1, dim2=-2).log().sum(-1) + 0.5 * half.square().sum(-1)
+    mean, scale_tril = posterior(state)
+    half_log_det = scale_tril.diagonal(dim1=-1, dim2=-2).log().sum(-1)
+    return state.c + half_log_det + 0.5 * (state.r * mean).sum(-1)
 
 
 def residual_variance(state: OnlineState, prior: Prior, x: Tensor) -> Tensor:
     """Prior variance at ``x`` that the basis cannot represent, ``(*batch, n)``, as a fraction of the prior variance."""
     variance = prior.variance(as_inputs(x))
     return (1 - whiten(state, prior, x).square().sum(-2) / variance).clamp_min(0.0)
-
-
-def _precision(state: OnlineState) -> Tensor:
-    return state.G + torch.eye(state.num_features, dtype=state.G.dtype, device=state.G.device)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import gpytorch
@@ -16,6 +16,7 @@ from gpseq.linalg import gaussian_kl
 from gpseq.precision import Float64Buffers
 from gpseq.variational import online
 from gpseq.variational.interdomain import InterdomainVariationalStrategy
+from gpseq.variational.lazy import Float64Kernel
 from gpseq.variational.online import OnlineState
 from gpseq.variational.prior import Prior
 
@@ -50,6 +51,7 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
         self.transfer = transfer
         for name, tensor in online.initial_state(features, self.prior, jitter).detach().items():
             self.register_buffer(f"state_{name}", tensor)
+        self._modules_of_basis = self._prior_modules()
 
     @property
     def prior(self) -> Prior:
@@ -65,18 +67,29 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
     def state(self, state: OnlineState) -> None:
         for name, tensor in state.items():
             self._buffers[f"state_{name}"] = tensor
+        self._modules_of_basis = self._prior_modules()
+
+    def _prior_modules(self) -> tuple[torch.nn.Module, ...]:
+        return *self.model.covar_module.modules(), *self.model.mean_module.modules()
+
+    def _modules_replaced(self) -> bool:
+        now, then = self._prior_modules(), self._modules_of_basis
+        return len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True))
 
     def current_state(self) -> OnlineState:
         """The state under the hyperparameters that the model has now."""
         state = self.state
-        if torch.equal(self.prior.hyperparameters(), state.hyperparameters):
+        if not self._modules_replaced() and torch.equal(self.prior.hyperparameters(), state.hyperparameters):
             return state
         return self.carried_to(self.features)
 
     def carried_to(self, features: InducingFeatures) -> OnlineState:
         """The belief on the basis of other features, under the current hyperparameters; nothing is replaced."""
-        basis = online.initial_state(features, self.prior, self._jitter_val)
-        return online.transfer(self.state, basis, self.prior, self.transfer)
+        state, basis = self.state, online.initial_state(features, self.prior, self._jitter_val)
+        if self._modules_replaced():
+            # Another kernel may have parameters of the same values; NaN equals nothing.
+            state = replace(state, hyperparameters=torch.full_like(state.hyperparameters, torch.nan))
+        return online.transfer(state, basis, self.prior, self.transfer)
 
     @property
     def prior_distribution(self) -> MultivariateNormal:
@@ -102,15 +115,21 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
     ) -> tuple[Tensor, Tensor | LinearOperator, Tensor, MultivariateNormal]:
         prior, state = self.prior, self.current_state()
         A = online.whiten(state, prior, x)
-        return prior.mean_at(x), self.model.covar_module(x.double()), A, _distribution(state)
+        kff = Float64Kernel(prior.kernel, frozen=True)(x.double())
+        return prior.mean_at(x), kff, A, _distribution(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The number of features may have grown since the model was built; the saved shapes decide.
+        # Loading copies into buffers, but a state is a value that others may hold: give it new ones. Their shapes are
+        # those of what was saved, because the number of features may have grown since this model was built.
         for name in _FIELDS:
-            saved, buffer = state_dict.get(f"{prefix}state_{name}"), self._buffers[f"state_{name}"]
-            if isinstance(saved, Tensor) and buffer is not None and saved.shape != buffer.shape:
-                self._buffers[f"state_{name}"] = buffer.new_empty(saved.shape)
+            saved, buffer = state_dict.get(f"{prefix}state_{name}"), getattr(self, f"state_{name}")
+            self._buffers[f"state_{name}"] = (
+                torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
+                if isinstance(saved, Tensor)
+                else buffer.clone()
+            )
         gpytorch.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+        self._modules_of_basis = self._prior_modules()
 
 
 def _distribution(state: OnlineState) -> MultivariateNormal:

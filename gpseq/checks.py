@@ -1,0 +1,92 @@
+"""Checks of arguments: the message names the argument, what came, and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check_number(name: str, value: Any, above: float = -math.inf, expected: str = "a finite number") -> float:
+    """A finite real number greater than a bound.
+
+    Args:
+        name: of the argument.
+        value: what came; tensors of one element are numbers too.
+        above: the bound.
+        expected: how the message says it.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: it is none.
+
+    Example:
+        >>> check_number("horizon", 3)
+        3.0
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number > above):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+    return number
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, not less than a bound.
+
+    Args:
+        name: of the argument.
+        value: what came.
+        least: the bound.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is too small.
+
+    Example:
+        >>> check_count("num_features", 3)
+        3
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}.")
+    return value
+
+
+def check_jitter(value: Any) -> float | None:
+    """A relative jitter, from 0 to below 1, or ``None``."""
+    if value is None:
+        return None
+    expected = "a relative number in [0, 1)"
+    number = check_number("jitter", value, above=-1.0, expected=expected)
+    if not 0 <= number < 1:
+        raise ValueError(f"jitter: expected {expected}, got {value!r}.")
+    return number
+
+
+def check_floating(name: str, value: Any) -> Tensor:
+    """A tensor of floating-point numbers.
+
+    Args:
+        name: of the argument.
+        value: what came.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}.")
+    return value
