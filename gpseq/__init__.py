@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpseq import datasets, features, hippo, linalg, models, plots, storage, variational
+    from gpseq import datasets, features, hippo, linalg, metrics, models, plots, storage, variational
 
 __all__ = [
     "__version__",
@@ -23,6 +23,7 @@ __all__ = [
     "features",
     "hippo",
     "linalg",
+    "metrics",
     "models",
     "plots",
     "storage",

@@ -21,10 +21,11 @@ ROOT = Path(gpseq.__file__).parent
 MATHEMATICS = {"linalg", "hippo", "sgpa"}  # pure functions on tensors
 FLOORS = [
     MATHEMATICS
-    | {"kernels", "likelihoods", "predictive", "metrics", "plots", "storage", "training", "datasets", "precision"},
+    | {"kernels", "likelihoods", "predictive", "metrics", "plots", "storage", "training", "datasets"}
+    | {"checks", "precision", "sampling"},
     {"features", "variational", "mlls"},
     {"models", "nn", "propagation", "reconfiguration", "generative", "continual", "distributed"},
-    {"cli", "stream_run", "prediction", "testing", "integrations"},
+    {"cli", "stream_run", "stream_setup", "prediction", "testing", "integrations"},
 ]
 FLOOR = {unit: number for number, floor in enumerate(FLOORS, start=1) for unit in floor}
 ORDER = ["features", "variational", "mlls"]  # on floor 2, each may import those before it

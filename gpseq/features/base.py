@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
 from linear_operator import LinearOperator, to_dense, to_linear_operator
+from linear_operator.utils.errors import NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
@@ -27,15 +29,29 @@ def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Te
     Returns:
         ``(*batch, n, m)``, float64.
     """
-    notices = quiet() if x1.shape == x2.shape else nullcontext()
     x1, x2 = align(x1, x2)
-    with notices:
-        return in_float64(lambda a, b: to_dense(kernel(a, b)), (kernel,), x1, x2, frozen=frozen).double()
+    return in_float64(lambda a, b: dense(kernel, a, b), (kernel,), x1, x2, frozen=frozen).double()
+
+
+def dense(kernel: Kernel, x1: Tensor, x2: Tensor, **params: Any) -> Tensor:
+    """Values of ``kernel(x1, x2)``, also where GPyTorch would rather factor them.
+
+    On the way to the values of a sum with a linear kernel, linear_operator factors the other term if the inputs are
+    the same: with notices of jitter that is not ours, and in vain if the outputscale is large.
+    """
+    if x1.shape != x2.shape:
+        return to_dense(kernel(x1, x2, **params))
+    with quiet():
+        try:
+            return to_dense(kernel(x1, x2, **params))
+        except NotPSDError:
+            longer = torch.cat([x2, x2[..., -1:, :]], dim=-2)  # no longer the same
+            return to_dense(kernel(x1, longer, **params))[..., :-1]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No notices of jitter that is not ours: a sum with a linear kernel factors itself on the way to its values."""
+    """No notices of jitter that is not ours."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)
         yield

@@ -25,6 +25,9 @@ from gpseq.variational import OnlineState, StreamingVariationalStrategy, online
 CAPACITY_WARNING = 0.01
 
 
+#: A capacity warning does not search for more features than this: the search takes seconds there.
+MOST_ADVISED = 1024
+
 #: Beyond this the squares in an evidence overflow.
 LARGEST_LOG_SCALE = 1e150
 
@@ -173,9 +176,9 @@ class StreamingGP(ApproximateGP):
             data.check_fits(batch)
             if data.empty:
                 return self
-            features, warned_at = self._features_for(data)
-            if features is not strategy.features:
-                state = strategy.carried_to(features)
+            features, basis, warned_at = self._features_for(data)
+            if basis is not None:
+                state = strategy.carried_to(basis)
             self._replace(features, self._absorb(state, data), warned_at)
         return self
 
@@ -192,7 +195,8 @@ class StreamingGP(ApproximateGP):
             raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
         with torch.inference_mode(False), torch.no_grad():
             features = copy.deepcopy(features).to(self.state.G.device)
-            self._replace(features, self.variational_strategy.carried_to(features))
+            strategy = self.variational_strategy
+            self._replace(features, strategy.carried_to(strategy.basis_of(features)))
         return self
 
     def condition_on_observations(
@@ -221,11 +225,11 @@ class StreamingGP(ApproximateGP):
         strategy = self.variational_strategy
         state = strategy.current_state()
         data = check_observations(state, self.likelihood, x, y, noise, missing)
-        features, warned_at = self.features, None
+        features, basis, warned_at = self.features, None, None
         if extend_horizon and not data.empty:
-            features, warned_at = self._features_for(data)
-        if features is not self.features:
-            state = strategy.carried_to(features)
+            features, basis, warned_at = self._features_for(data)
+        if basis is not None:
+            state = strategy.carried_to(basis)
         # The copy shares this model's state tensors (values are never changed in place), so a graph in them survives.
         new = copy.deepcopy(self, {id(tensor): tensor for _, tensor in self.state.items()})
         new._replace(copy.deepcopy(features), state if data.empty else self._absorb(state, data), warned_at)
@@ -314,11 +318,11 @@ class StreamingGP(ApproximateGP):
         """Restore what :meth:`get_extra_state` wrote."""
         self._capacity_warned_at = float(state)
 
-    def _features_for(self, data: Observations) -> tuple[InducingFeatures, float | None]:
-        """Features on a horizon that covers ``data`` (the present ones if they do), and when a warning was given."""
+    def _features_for(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
+        """Features on a horizon that covers ``data``, their basis if they are new, and when a warning was given."""
         features = self.features
         if not isinstance(features, HippoFeatures):
-            return features, None
+            return features, None, None
         first, last = data.span(features.time_dim)
         if first < features.start:
             warnings.warn(
@@ -327,24 +331,24 @@ class StreamingGP(ApproximateGP):
                 stacklevel=3,
             )
         if last <= features.horizon:
-            return features, None
+            return features, None, None
         if self.horizon_growth == "fixed":
             raise ValueError(f"x: times up to {last:g} pass the horizon, which is fixed at {features.horizon:g}.")
         features = features.with_horizon(_grown(features, last, self.horizon_growth))
         return self._with_capacity(features)
 
-    def _with_capacity(self, features: HippoFeatures) -> tuple[HippoFeatures, float | None]:
+    def _with_capacity(self, features: HippoFeatures) -> tuple[HippoFeatures, OnlineState, float | None]:
         """Raise the order where that is allowed; warn, once a doubling, where the memory is too small."""
-        kernel = self.covar_module
-        residual = features.residual_curve(kernel)[-1].item()
+        basis, residual = self._basis_and_residual(features)
         if self.max_features is not None and residual > self.tolerance and features.num_features < self.max_features:
-            features = features.with_order(int(min(self._required(features), self.max_features)))
-            residual = features.residual_curve(kernel)[-1].item()
+            needed = min(self._required(features, self.max_features), self.max_features)
+            features = features.with_order(int(max(needed, features.num_features)))  # never lowered
+            basis, residual = self._basis_and_residual(features)
         length = features.horizon - features.start
         if residual <= CAPACITY_WARNING or length < 2 * self._capacity_warned_at:
-            return features, None
-        needed = self._required(features)
-        named = f"{needed} features" if needed < math.inf else "more features than can be had"
+            return features, basis, None
+        needed = self._required(features, MOST_ADVISED)
+        named = f"{needed} features" if needed < math.inf else f"More than {MOST_ADVISED} features"
         warnings.warn(
             f"{features.num_features} features leave {residual:.1%} of the prior variance on the horizon "
             f"[{features.start:g}, {features.horizon:g}]: all of the past is remembered worse. {named} would keep it "
@@ -352,11 +356,17 @@ class StreamingGP(ApproximateGP):
             CapacityWarning,
             stacklevel=4,  # the caller of update
         )
-        return features, length
+        return features, basis, length
 
-    def _required(self, features: HippoFeatures) -> float:
+    def _basis_and_residual(self, features: HippoFeatures) -> tuple[OnlineState, float]:
+        """The basis of features, and the largest mean residual prior variance in its batch."""
+        strategy = self.variational_strategy
+        basis = strategy.basis_of(features)
+        return basis, online.residual_variance(basis, strategy.prior, features.probes()).mean(-1).max().item()
+
+    def _required(self, features: HippoFeatures, most: int) -> float:
         try:
-            return features.required_order(self.covar_module, self.tolerance)
+            return features.required_order(self.covar_module, self.tolerance, max_features=most)
         except CapacityError:
             return math.inf
 

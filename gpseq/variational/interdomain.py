@@ -18,6 +18,7 @@ from linear_operator.operators import (
     MatmulLinearOperator,
     SumLinearOperator,
 )
+from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
 from gpseq.checks import check_floating, check_jitter
@@ -197,12 +198,13 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             prior = self.model.forward(inputs, **kwargs)
             joint = prior.lazy_covariance_matrix
             kff = joint[..., num_nodes:, num_nodes:]
-            return (
-                prior.mean[..., num_nodes:],
-                to_dense(joint[..., :num_nodes, :num_nodes]),
-                to_dense(joint[..., :num_nodes, num_nodes:]),
-                kff.diagonal(dim1=-1, dim2=-2) if diagonal else promote(kff),
-            )
+            kff = kff.diagonal(dim1=-1, dim2=-2) if diagonal else promote(kff)
+            try:
+                kzz = to_dense(joint[..., :num_nodes, :num_nodes])
+                kzf = to_dense(joint[..., :num_nodes, num_nodes:])
+            except NotPSDError:  # see `dense`: a rectangular block is not factored on the way
+                kzz, kzf = to_dense(joint[..., :num_nodes, :]).tensor_split((num_nodes,), dim=-1)
+            return prior.mean[..., num_nodes:], kzz, kzf, kff
 
         with quiet():
             mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)

@@ -10,7 +10,7 @@ from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator import LinearOperator, to_dense
 from torch import Tensor
 
-from gpseq.features.base import quiet
+from gpseq.features.base import dense
 from gpseq.precision import in_float64
 
 
@@ -58,10 +58,11 @@ class Float64Kernel(Kernel):
         """Dense values, or their diagonal."""
 
         def values(x1: Tensor, x2: Tensor) -> Tensor:
-            return to_dense(self.kernel(x1, x2, diag=diag, **params))
+            if diag:
+                return to_dense(self.kernel(x1, x2, diag=True, **params))
+            return dense(self.kernel, x1, x2, **params)
 
-        with quiet():
-            return in_float64(values, (self.kernel,), x1, x2, frozen=self.frozen)
+        return in_float64(values, (self.kernel,), x1, x2, frozen=self.frozen)
 
     def __getitem__(self, index: Any) -> Float64Kernel:
         return Float64Kernel(self.kernel[index], self.frozen)

@@ -81,11 +81,15 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
         state = self.state
         if not self._modules_replaced() and torch.equal(self.prior.hyperparameters(), state.hyperparameters):
             return state
-        return self.carried_to(self.features)
+        return self.carried_to(self.basis_of(self.features))
 
-    def carried_to(self, features: InducingFeatures) -> OnlineState:
-        """The belief on the basis of other features, under the current hyperparameters; nothing is replaced."""
-        state, basis = self.state, online.initial_state(features, self.prior, self._jitter_val)
+    def basis_of(self, features: InducingFeatures) -> OnlineState:
+        """A state that has seen nothing, on the basis of other features under the current hyperparameters."""
+        return online.initial_state(features, self.prior, self._jitter_val)
+
+    def carried_to(self, basis: OnlineState) -> OnlineState:
+        """The belief on another basis, see :meth:`basis_of`; nothing is replaced."""
+        state = self.state
         if self._modules_replaced():
             # Another kernel may have parameters of the same values; NaN equals nothing.
             state = replace(state, hyperparameters=torch.full_like(state.hyperparameters, torch.nan))

@@ -373,7 +373,11 @@ def test_scaling_reflection_and_parity(name: str, rho: float, factor: float, shi
     scale = kuf.abs().max()
 
     # Only the horizon in lengthscales counts.
-    stretched, slow = HippoFeatures(order, factor), stationary(name, factor / rho)
+    slow = stationary(name, factor / rho)
+    # The ratio as it is: GPyTorch's softplus is off by 1e-9 of what was set, just above 20.
+    scales = [k.period_length if name == "periodic" else k.lengthscale for k in (slow, kernel)]
+    factor = (scales[0] / scales[1]).item()
+    stretched = HippoFeatures(order, factor)
     close(stretched.kuu(slow).to_dense(), kuu, 1e-12)
     close(stretched.kuf(slow, factor * x), kuf, 1e-12)
     # Nothing depends on where time starts (but subtracting large times rounds).
@@ -440,6 +444,21 @@ def test_stretching_transfers_without_gain(order: int, growth: float) -> None:
     transfer = torch.linalg.solve_triangular(lb, new.cross(kernel, old), upper=False)
     transfer = torch.linalg.solve_triangular(la, transfer.mT, upper=False).mT
     assert torch.linalg.matrix_norm(transfer, 2) <= 1 + 1e-10
+
+
+@pytest.mark.parametrize("unit", [1e-10, 1e10])
+def test_the_unit_of_f_does_not_matter(unit: float) -> None:
+    """A series in microvolts and one in millions: no absolute number may come in, least of all jitter."""
+    x = torch.linspace(0, 12, 50, dtype=F64)
+    found = []
+    for scale in (1.0, unit):
+        rbf, linear = ScaleKernel(exactly(RBFKernel(), lengthscale=2.0)), LinearKernel()
+        kernel = exactly(rbf, outputscale=scale) + exactly(linear, variance=0.1 * scale)
+        features = HippoFeatures(20, 10.0)
+        blocks = [features.kuu(kernel).to_dense(), features.kuf(kernel, x), features.cross(kernel, features)]
+        found.append([block / scale for block in blocks] + [features.residual_curve(kernel)])
+    for scaled, plain in zip(*reversed(found), strict=True):
+        close(scaled, plain, 1e-10)
 
 
 # Gradients

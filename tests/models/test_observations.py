@@ -405,6 +405,37 @@ def test_anything_is_learnt_or_refused_by_name(name: str, chunk: dict[str, Any])
             assert model.log_evidence.isfinite().all()
 
 
+@given(name=st.sampled_from(list(MODELS)), first=chunks(), second=chunks())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@pytest.mark.filterwarnings("ignore:x. times from:UserWarning")
+def test_anything_is_conditioned_on_or_refused_by_name(
+    name: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """Twice in a row: the new model has the batch shape that model, inputs, targets and noise broadcast to."""
+    model = fresh(name)
+    for chunk in (first, second):
+        before, batch = snapshot(model), model.state.r.shape[:-1]
+        try:
+            child = model.condition_on_observations(**chunk)
+        except (TypeError, ValueError) as error:
+            assert re.match(r"(x|y|noise|missing): ", str(error)), error
+            assert_identical(model, before)
+            return
+        assert_identical(model, before)
+        x, y, noise = chunk["x"], chunk["y"], chunk["noise"]
+        parts = [batch, x.shape[:-2], y.shape[:-1], getattr(noise, "shape", ())[:-1]]
+        seen = y.numel() > 0 and (chunk["missing"] == "error" or not y.isnan().all())
+        with torch.no_grad():
+            at = AT if child.state.nodes.shape[-1] == 1 else torch.stack([AT, AT], -1)
+            posterior = child(at)
+            if seen:
+                assert posterior.batch_shape == torch.broadcast_shapes(*parts)
+                assert child.log_evidence.shape == posterior.batch_shape
+            assert posterior.mean.isfinite().all() and variance_of(posterior).isfinite().all()
+            assert child.log_evidence.isfinite().all()
+        model = child
+
+
 # Constructors
 
 

@@ -184,6 +184,31 @@ def test_priors_count_and_frozen_parameters_stay() -> None:
     assert value == pytest.approx(evidence(kernel, likelihood, x, y) + prior, abs=1e-4)
 
 
+def test_networks_and_intervals_are_learnt_too() -> None:
+    """A mean with a torch network inside, a lengthscale between two bounds, and a likelihood that shares nothing."""
+
+    class Network(gpytorch.means.Mean):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).squeeze(-1)
+
+    x, y = simulate(60, level=5.0)
+    kernel, likelihood, mean = gpytorch_kernel(), GaussianLikelihood(), Network()
+    kernel.base_kernel.register_constraint("raw_lengthscale", gpytorch.constraints.Interval(1.0, 2.0))
+    kernel.double()
+    kernel.base_kernel.lengthscale = 1.5
+    before = state_of(mean)[0]
+    plain, other = modules()
+    value = fit_hyperparameters(x, y, kernel, likelihood, mean, num_starts=3)
+    assert value > fit_hyperparameters(x, y, plain, other, num_starts=1, max_iterations=1)
+    assert 1.0 <= kernel.base_kernel.lengthscale.item() < 1.1  # 0.7 is out of bounds
+    assert any(not torch.equal(mean.state_dict()[name], kept) for name, kept in before.items())
+    assert mean(x[:, None].float()).mean().item() == pytest.approx(5.0, abs=2.0)
+
+
 def test_nothing_to_learn_is_an_evaluation() -> None:
     x, y = simulate(40)
     kernel, likelihood = modules()

@@ -325,6 +325,20 @@ def test_any_kernel(name: str, dtype: torch.dtype) -> None:
     close(raw_variance(model.train()(x)), covariance.diagonal(), tolerance)
 
 
+def test_the_unit_of_f_does_not_matter(dtype: torch.dtype) -> None:
+    """The same belief in whitened coordinates about the same series in other units."""
+    posteriors = []
+    for unit in (1.0, 1e5):
+        rbf, linear = make_kernel(), LinearKernel().double()
+        linear.variance = torch.tensor(0.1 * unit**2, dtype=F64)
+        rbf.outputscale = torch.tensor(unit**2, dtype=F64)
+        model = hippo_model("cholesky", dtype, kernel=rbf + linear, mean=ZeroMean()).eval()
+        posteriors.append(model(torch.linspace(0, 2.4, 30, dtype=dtype)))
+    close(posteriors[1].mean / 1e5, posteriors[0].mean, 1e-8 if dtype == F64 else 1e-4)
+    covariances = [p.covariance_matrix for p in posteriors]
+    close(covariances[1] / 1e10, covariances[0], 1e-8 if dtype == F64 else 1e-4)
+
+
 FORWARDS: dict[str, Callable[[Kernel, Kernel, Tensor], Any]] = {
     "sum": lambda a, b, x: a(x) + b(x),
     "product": lambda a, b, x: a(x) * b(x),

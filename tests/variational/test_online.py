@@ -485,6 +485,48 @@ def test_an_empty_transfer_maps_the_information_by_b() -> None:
     assert_close(carried.r, B @ state.r, 1e-9)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_change_of_nothing_is_no_change(method: str) -> None:
+    """Where jitter matters: hyperparameters that differ in the last digit take the general route to the same place."""
+    prior, almost = Prior(gpytorch_kernel(1.0)), Prior(gpytorch_kernel(1.0, 1.0 + 1e-14))
+    assert not torch.equal(prior.hyperparameters(), almost.hyperparameters())
+    features, x = HippoFeatures(24, 3.0), torch.linspace(0, 3, 500, dtype=F64)
+    state = absorb(online.initial_state(features, prior), prior, x, x.sin(), 1e-8)
+    basis = online.initial_state(features.with_horizon(3.3), prior)
+    expected = online.transfer(state, basis, prior, method)
+    almost_basis = online.initial_state(features.with_horizon(3.3), almost)
+    actual = online.transfer(state, almost_basis, almost, method)
+    assert_close(online.log_evidence(actual), online.log_evidence(expected), 1e-5)
+    assert_gaussian(predict(actual, almost, AT[1:5]), predict(expected, prior, AT[1:5]), 1e-5)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("method", METHODS)
+def test_nearly_noiseless_data_survive_a_stretching(method: str, noise: float) -> None:
+    """Posterior variances of the features far below rounding error of their prior variances."""
+    prior = Prior(gpytorch_kernel(1.0))
+    features, x = HippoFeatures(30, 8.0), torch.linspace(0, 8, 1000, dtype=F64)
+    state = absorb(online.initial_state(features, prior), prior, x, x.sin(), noise)
+    for horizon in (8.0, 9.0, 10.0, 12.0):
+        state = online.transfer(state, online.initial_state(features.with_horizon(horizon), prior), prior, method)
+        assert state.G.isfinite().all() and torch.linalg.eigvalsh(state.G).min() > -1e-9 * state.G.diagonal().max()
+        assert online.log_evidence(state).isfinite()
+    posterior = predict(state, prior, x[::50])
+    assert posterior.variance.min() > -1e-9
+    assert (posterior.mean - x[::50].sin()).abs().max() < 1e-2
+
+
+def test_adf_knows_no_more_than_float64_can_say() -> None:
+    """Without jitter, on the same basis, all that is left of S is rounding, of either sign."""
+    prior = Prior(gpytorch_kernel(1.0))
+    x = torch.linspace(0, 10, 400, dtype=F64)
+    state = absorb(fresh(HippoFeatures(14, 10.0), prior), prior, x, x.sin(), 1e-18)
+    for _ in range(5):
+        state = online.transfer(state, fresh(HippoFeatures(14, 10.0), prior), prior, "adf")
+        assert torch.linalg.eigvalsh(state.G).min() > -1e-9 * state.G.diagonal().max()
+        assert online.log_evidence(state).isfinite() and predict(state, prior, x).mean.isfinite().all()
+
+
 # Batches, values, errors
 
 

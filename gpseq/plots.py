@@ -1,0 +1,276 @@
+"""Pictures of streams. Every function draws on axes that it is given; nothing touches pyplot or global settings.
+
+matplotlib is imported when a picture is drawn: it comes with ``pip install 'gpseq[cli]'``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gpseq.storage import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito's colours, which readers with any kind of colour vision tell apart.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+
+#: Half the width of a central 95 % interval, in standard deviations.
+BAND = 1.96
+
+
+def plot_data(ax: Axes, time: ArrayLike, target: ArrayLike, held_out: ArrayLike | None = None) -> None:
+    """Draw what was observed: dots for rows that were learnt, open circles for rows that were held out.
+
+    Args:
+        ax: where to draw.
+        time: ``(n,)``, numbers or datetimes.
+        target: ``(n,)``.
+        held_out: ``(n,)`` bool; ``None`` means that all were learnt.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_data(ax, [0.0, 1.0, 2.0], [5.0, 6.0, 7.0], held_out=[False, True, False])
+        >>> [(line.get_label(), len(line.get_xdata())) for line in ax.lines]
+        [('learnt', 2), ('held out', 1)]
+    """
+    time, target = np.asarray(time), np.asarray(target)
+    held = np.zeros(len(time), bool) if held_out is None else np.asarray(held_out, bool)
+    size = 4.0 if len(time) <= 1000 else 2.5
+    learnt = {"marker": "o", "markersize": 0.7 * size, "color": GREY, "alpha": 0.8, "markeredgewidth": 0}
+    circle = {"marker": "o", "markersize": size, "markerfacecolor": "white", "markeredgecolor": ORANGE}
+    if (~held).any():
+        ax.plot(time[~held], target[~held], linestyle="", label="learnt", zorder=2, **learnt)  # type: ignore[arg-type]
+    if held.any():
+        ax.plot(time[held], target[held], linestyle="", label="held out", zorder=2.5, **circle)  # type: ignore[arg-type]
+
+
+def plot_posterior(
+    ax: Axes,
+    time: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike | None = None,
+    label: str = "posterior",
+    color: str = BLUE,
+) -> None:
+    """Draw a posterior mean and, where a standard deviation is given, its 95 % band.
+
+    Args:
+        ax: where to draw.
+        time: ``(n,)``, increasing numbers or datetimes.
+        mean: ``(n,)``.
+        std: ``(n,)``, of the function or of new observations, as the caller wants the band to be read.
+        label: the method's name in the legend.
+        color: of the line and the band.
+    """
+    time, mean = np.asarray(time), np.asarray(mean)
+    if std is not None:
+        width = BAND * np.asarray(std)
+        ax.fill_between(time, mean - width, mean + width, color=color, alpha=0.2, linewidth=0, zorder=1)
+    ax.plot(time, mean, color=color, linewidth=2.0, label=label, zorder=3)
+
+
+def plot_exact(ax: Axes, time: ArrayLike, mean: ArrayLike, std: ArrayLike | None = None) -> None:
+    """Draw the exact posterior beneath an approximate one: a thin dashed mean and, with ``std``, dashed 95 % limits.
+
+    Args:
+        ax: where to draw.
+        time: ``(n,)``, increasing numbers or datetimes.
+        mean: ``(n,)``.
+        std: ``(n,)``.
+    """
+    time, mean = np.asarray(time), np.asarray(mean)
+    style: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 2)), "zorder": 3.5}
+    ax.plot(time, mean, linewidth=0.8, label="exact GP", **style)
+    if std is not None:
+        for side in (-BAND, BAND):
+            ax.plot(time, mean + side * np.asarray(std), linewidth=0.5, **style)
+
+
+def plot_borders(ax: Axes, borders: ArrayLike) -> None:
+    """Mark where a chunk ends and the next begins: thin lines behind everything.
+
+    Args:
+        ax: where to draw.
+        borders: times, ``(n,)`` numbers or datetimes.
+    """
+    for border in np.asarray(borders):
+        ax.axvline(border, color="0.8", linewidth=0.7, zorder=0)
+
+
+def plot_stream(
+    ax: Axes,
+    time: ArrayLike,
+    target: ArrayLike,
+    grid: ArrayLike,
+    mean: ArrayLike,
+    std: ArrayLike,
+    *,
+    held_out: ArrayLike | None = None,
+    borders: ArrayLike = (),
+    exact_mean: ArrayLike | None = None,
+    exact_std: ArrayLike | None = None,
+    label: str = "stream",
+    time_label: str = "time",
+    target_label: str = "target",
+) -> None:
+    """Draw a stream: the data, the posterior with its 95 % band, the chunk borders, and the exact GP for comparison.
+
+    Args:
+        ax: where to draw.
+        time: ``(n,)`` times of the data, numbers or datetimes.
+        target: ``(n,)``.
+        grid: ``(g,)`` increasing times at which the posteriors are given.
+        mean: ``(g,)`` posterior mean of the stream.
+        std: ``(g,)`` its standard deviation.
+        held_out: ``(n,)`` bool, rows that were not learnt.
+        borders: ``(c,)`` times at which a new chunk begins.
+        exact_mean: ``(g,)`` posterior mean of the exact GP.
+        exact_std: ``(g,)`` its standard deviation.
+        label: name of the method, for the legend.
+        time_label: label of the time axis, with its unit.
+        target_label: label of the other axis, with its unit.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_stream(ax, [0, 1], [3.0, 4.0], grid=[0, 0.5, 1], mean=[3, 3.5, 4], std=[1, 1, 1], time_label="year")
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['learnt', 'stream, 95 % band']
+    """
+    plot_borders(ax, borders)
+    plot_data(ax, time, target, held_out)
+    plot_posterior(ax, grid, mean, std, label=f"{label}, 95 % band")
+    if exact_mean is not None:
+        plot_exact(ax, grid, exact_mean, exact_std)
+    style_axes(ax, time_label, target_label)
+    _date_axis(ax, time)
+    ax.set_xlim(np.asarray(grid)[0], np.asarray(grid)[-1])
+    _legend_above(ax)
+
+
+def plot_past_errors(
+    axes: Axes | Sequence[Axes], errors: Mapping[str, ArrayLike], error_label: str = "RMSE on held-out rows"
+) -> None:
+    """Draw how well each past chunk is still known as the stream goes on: one heat map a method, one colour scale.
+
+    A row is a chunk; read along it to the right to see what later chunks do to the memory of it.
+
+    Args:
+        axes: one axes for each method.
+        errors: name of the method -> ``(S, S)``; entry ``[s, c]`` is the error on the held-out rows of chunk ``c``
+            after chunk ``s`` was learnt, NaN where there is none (``c > s``, or nothing held out).
+        error_label: label of the colour bar, with the unit.
+
+    Raises:
+        ValueError: the number of axes is not that of the methods, or a matrix is not square.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    axes = [axes] if not isinstance(axes, Sequence | np.ndarray) else list(axes)
+    matrices = {name: np.asarray(matrix, float) for name, matrix in errors.items()}
+    if len(axes) != len(matrices):
+        raise ValueError(f"axes: one for each of {len(matrices)} methods, got {len(axes)}.")
+    for name, matrix in matrices.items():
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"errors[{name!r}] must have shape (S, S), got {matrix.shape}.")
+    known = np.concatenate([matrix[matrix > 0] for matrix in matrices.values()])
+    norm = LogNorm(known.min(), max(known.max(), 1.01 * known.min())) if len(known) else None
+
+    for index, (ax, (name, matrix)) in enumerate(zip(axes, matrices.items(), strict=True)):
+        edges = np.arange(len(matrix) + 1) + 0.5
+        mesh = ax.pcolormesh(edges, edges, np.ma.masked_invalid(matrix.T), cmap="viridis_r", norm=norm)
+        mesh.set_edgecolor("white")
+        mesh.set_linewidth(0.5 if len(matrix) <= 20 else 0)
+        style_axes(ax, "chunks learnt", "past chunk" if index == 0 else "")
+        ax.grid(False)
+        ax.set_title(name, loc="left", fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+        ax.yaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+        ax.set_aspect("auto")
+    bar = axes[0].figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12)
+    if norm is not None:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.set_label(error_label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def style_axes(ax: Axes, xlabel: str, ylabel: str) -> None:
+    """Give axes the look of every picture here: no box, a faint grid, small labels.
+
+    Args:
+        ax: the axes.
+        xlabel: label of the horizontal axis, with its unit.
+        ylabel: label of the vertical axis, with its unit.
+    """
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("0.6")
+    ax.grid(axis="y", color="0.92", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=8, color="0.6")
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+
+
+def new_figure(width: float = 9.0, height: float = 6.5) -> Figure:
+    """An empty figure that fits its labels and needs no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Example:
+        >>> figure = new_figure()
+        >>> top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need the package matplotlib: pip install 'gpseq[cli]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file, atomically: an error leaves the old picture.
+
+    Args:
+        figure: the picture.
+        path: its name says the format: .png, .pdf, .svg, ...
+
+    Raises:
+        ValueError: matplotlib does not know the format.
+        OSError: the file cannot be written.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
+    replace_file(path, data.getvalue())
+
+
+def _date_axis(ax: Axes, time: ArrayLike) -> None:
+    """Short labels for dates, which matplotlib would otherwise write out in full at every tick."""
+    first = np.asarray(time).ravel()[:1]
+    if first.dtype.kind == "M" or (first.size and isinstance(first[0], datetime)):
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+        locator = AutoDateLocator()
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def _legend_above(ax: Axes) -> None:
+    """A legend in one line above the axes, where it covers nothing."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, frameon=False, fontsize=8, borderaxespad=0.2)

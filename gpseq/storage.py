@@ -1,0 +1,166 @@
+"""Files that survive: tensors and metadata in one safetensors file, replaced atomically and checked when read.
+
+A file is an ordinary safetensors file, which any safetensors reader opens. Its header carries one metadata entry,
+``"gpseq"``: a JSON object with the name and version of the format, the user's metadata, and the SHA-256 of the whole
+file (computed with zeros where the digest stands). So a reader notices any change of any byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Name and version written into every file. A reader refuses versions that it does not know.
+FORMAT, VERSION = "gpseq-tensors", 1
+
+# One metadata entry only: safetensors writes several in random order, and files would not be reproducible.
+_ENTRY = "gpseq"
+_BLANK = "0" * 64  # stands for the digest while the digest is computed
+
+
+class StorageError(ValueError):
+    """A file is not what gpseq wrote: foreign, truncated, damaged, or of a newer version."""
+
+
+def save(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors and metadata to ``path``, atomically.
+
+    Whoever opens ``path`` finds the old file or the new one, complete, whatever happens to the writer or the machine
+    (see :func:`replace_file`). Equal contents give equal bytes.
+
+    Args:
+        path: the file; it is replaced if it exists.
+        tensors: any number of dense tensors of any shape, 0-d and empty ones included; they are written from the CPU
+            and without autograd history.
+        metadata: what JSON holds: strings, numbers, booleans, ``None``, lists and dicts with string keys. Floats keep
+            every bit.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be written. The old one is intact.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "state.safetensors"
+        >>> save(path, {"mean": torch.tensor([1.0, 2.0])}, {"rows": 2})
+        >>> load(path)
+        ({'mean': tensor([1., 2.])}, {'rows': 2})
+    """
+    safetensors = _safetensors()
+    # A copy each: safetensors refuses tensors that are strided or share memory.
+    dense = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
+    header = {"checksum": _BLANK, "format": FORMAT, "version": VERSION, "metadata": dict(metadata or {})}
+    blank = safetensors.save(dense, {_ENTRY: json.dumps(header, sort_keys=True)})
+    digest = hashlib.sha256(blank).hexdigest()
+    replace_file(path, blank.replace(_field(_BLANK), _field(digest), 1))
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors, on the CPU, and the metadata.
+
+    Raises:
+        StorageError: the file is foreign, truncated, damaged or of a newer version; the message names the file.
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be read.
+    """
+    safetensors = _safetensors()
+    data = Path(path).read_bytes()
+    header = _header(path, data)
+    digest = str(header.get("checksum"))
+    if hashlib.sha256(data.replace(_field(digest), _field(_BLANK), 1)).hexdigest() != digest:
+        raise StorageError(f"{path} is damaged or truncated: its checksum does not match its contents.")
+    # From here on the bytes are those that save wrote. Tensors are copied out of the file's buffer, in which they are
+    # aligned to eight bytes only: vectorised sums can depend on alignment, and a resumed run must not.
+    tensors = {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
+    return tensors, header["metadata"]
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the contents of ``path`` by ``data``, atomically and durably.
+
+    The bytes go to a temporary file in the same directory, ``.NAME.part``, which is flushed to the disk and then
+    renamed. A writer that is killed leaves the old file as it was, and at most that one temporary file, which the
+    next writer overwrites. One writer at a time.
+
+    Args:
+        path: the file; a symbolic link is followed.
+        data: its new contents.
+
+    Raises:
+        OSError: the directory does not exist or cannot be written to, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+    _flush_directory(target.parent)
+
+
+def _safetensors() -> ModuleType:
+    """Import safetensors when a file is read or written, and not before: it comes with an extra."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("files of gpseq need the package safetensors: pip install 'gpseq[cli]'") from error
+    return safetensors.torch
+
+
+def _flush_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut, where the system lets a directory be flushed."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _field(digest: str) -> bytes:
+    """The digest as it stands in the header: JSON inside a JSON string, hence the backslashes.
+
+    Keys are sorted and "checksum" is the first, so nothing in the user's metadata can stand before it.
+    """
+    return f'\\"checksum\\": \\"{digest}\\"'.encode()
+
+
+def _header(path: str | os.PathLike[str], data: bytes) -> dict[str, Any]:
+    """The ``"gpseq"`` entry of a safetensors header: eight bytes of length, then JSON."""
+    if not data:
+        raise StorageError(f"{path} is empty, not a file of gpseq.")
+    length = int.from_bytes(data[:8], "little")
+    if len(data) >= 8 and data[8:9] == b"{" and length > len(data) - 8:
+        raise StorageError(f"{path} is truncated: {len(data)} bytes do not hold its header of {length} bytes.")
+    try:
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_ENTRY])
+        name, version = header["format"], header["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    if name != FORMAT:
+        raise StorageError(f"{path} is not a file of gpseq, or its header is damaged.")
+    if version != VERSION:
+        raise StorageError(f"{path} has version {version} of the format; this gpseq reads version {VERSION}.")
+    return header

@@ -1,0 +1,159 @@
+"""Pictures hold the data that they were given, under the right names."""
+
+import sys
+import xml.etree.ElementTree
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpseq import plots
+
+matplotlib = pytest.importorskip("matplotlib")
+
+TIME = np.linspace(0, 10, 30)
+TARGET = np.sin(TIME)
+HELD = np.arange(30) % 5 == 0
+GRID = np.linspace(0, 10, 200)
+
+
+def axes() -> "matplotlib.axes.Axes":
+    return plots.new_figure().subplots()
+
+
+def lines(ax: "matplotlib.axes.Axes") -> dict[str, np.ndarray]:
+    """Label of each line -> its points, (n, 2)."""
+    return {str(line.get_label()): line.get_xydata() for line in ax.lines}
+
+
+def test_learnt_and_held_out_rows_are_told_apart() -> None:
+    ax = axes()
+    plots.plot_data(ax, torch.from_numpy(TIME), torch.from_numpy(TARGET), torch.from_numpy(HELD))
+    drawn = lines(ax)
+    np.testing.assert_array_equal(drawn["learnt"], np.stack([TIME, TARGET], 1)[~HELD])
+    np.testing.assert_array_equal(drawn["held out"], np.stack([TIME, TARGET], 1)[HELD])
+    assert ax.lines[0].get_markerfacecolor() != ax.lines[1].get_markerfacecolor()
+
+
+@pytest.mark.parametrize(("held", "labels"), [(None, ["learnt"]), (np.ones(30, bool), ["held out"])])
+def test_what_is_not_there_is_not_in_the_legend(held: np.ndarray | None, labels: list[str]) -> None:
+    ax = axes()
+    plots.plot_data(ax, TIME, TARGET, held)
+    assert list(lines(ax)) == labels
+
+
+def test_the_band_is_95_per_cent_wide() -> None:
+    ax = axes()
+    plots.plot_posterior(ax, GRID, np.cos(GRID), np.full(200, 0.5), label="method")
+    np.testing.assert_array_equal(lines(ax)["method"], np.stack([GRID, np.cos(GRID)], 1))
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    at_zero = corners[corners[:, 0] == 0.0][:, 1]
+    assert at_zero.min() == pytest.approx(1 - 0.98) and at_zero.max() == pytest.approx(1 + 0.98)
+
+
+def test_the_exact_gp_is_dashed_with_its_limits() -> None:
+    ax = axes()
+    plots.plot_exact(ax, GRID, np.sin(GRID), np.ones(200))
+    assert all(line.is_dashed() for line in ax.lines) and len(ax.lines) == 3
+    np.testing.assert_allclose(ax.lines[2].get_ydata() - ax.lines[1].get_ydata(), 2 * 1.96)
+    assert [line.get_label()[0] == "_" for line in ax.lines] == [False, True, True]  # one entry in the legend
+
+
+def test_a_stream_shows_everything() -> None:
+    ax = axes()
+    plots.plot_stream(
+        ax,
+        TIME,
+        TARGET,
+        GRID,
+        np.sin(GRID),
+        np.ones(200),
+        held_out=HELD,
+        borders=[2.0, 5.0],
+        exact_mean=np.sin(GRID),
+        label="64 features",
+        time_label="time (s)",
+        target_label="level (m)",
+    )
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["learnt", "held out", "64 features, 95 % band", "exact GP"]
+    assert [line.get_xdata()[0] for line in ax.lines[:2]] == [2.0, 5.0]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xlim()) == ("time (s)", "level (m)", (0.0, 10.0))
+
+
+def test_dates_have_short_labels() -> None:
+    ax = axes()
+    days = [datetime(2024, 1, 1) + timedelta(days=i) for i in range(30)]
+    plots.plot_stream(ax, days, TARGET, days, TARGET, np.ones(30), borders=days[10:11])
+    ax.figure.canvas.draw()
+    labels = [text.get_text() for text in ax.get_xticklabels()]
+    assert labels and max(map(len, labels)) <= 6
+
+
+def test_past_errors_share_a_scale() -> None:
+    first, second = np.full((3, 3), np.nan), np.full((3, 3), np.nan)
+    first[np.tril_indices(3)], second[np.tril_indices(3)] = 0.1, [0.5, 1, 2, 3, 4, 5]
+    pair = plots.new_figure().subplots(1, 2)
+    plots.plot_past_errors(pair, {"ours": first, "theirs": torch.from_numpy(second)}, "RMSE (m)")
+    assert [ax.get_title(loc="left") for ax in pair] == ["ours", "theirs"]
+    meshes = [ax.collections[0] for ax in pair]
+    assert {mesh.get_clim() for mesh in meshes} == {(0.1, 5.0)}
+    # A row is a past chunk: the second row of cells is chunk 2, known after chunks 2 and 3.
+    drawn = np.ma.filled(meshes[1].get_array().reshape(3, 3), np.nan)
+    np.testing.assert_array_equal(drawn[1], [np.nan, 2, 4])
+    assert pair[0].figure.axes[-1].get_ylabel() == "RMSE (m)"
+
+
+def test_past_errors_of_one_method_on_one_axes() -> None:
+    ax = axes()
+    plots.plot_past_errors(ax, {"": np.array([[0.3]])})
+    assert ax.get_xlabel() == "chunks learnt" and ax.get_ylabel() == "past chunk"
+
+
+@pytest.mark.parametrize("matrix", [np.full((2, 2), np.nan), np.zeros((2, 2))], ids=["nothing held out", "no error"])
+def test_past_errors_without_a_number_to_show(matrix: np.ndarray) -> None:
+    ax = axes()
+    plots.plot_past_errors(ax, {"": matrix})
+    ax.figure.canvas.draw()
+
+
+def test_past_errors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="axes: one for each of 2 methods, got 1"):
+        plots.plot_past_errors(axes(), {"a": np.ones((1, 1)), "b": np.ones((1, 1))})
+    with pytest.raises(ValueError, match=r"errors\['a'\] must have shape \(S, S\), got \(1, 2\)"):
+        plots.plot_past_errors(axes(), {"a": np.ones((1, 2))})
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_figures_are_saved_by_the_name_of_the_file(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    figure = plots.new_figure(2, 2)
+    figure.subplots().plot([1, 2])
+    plots.save_figure(figure, tmp_path / f"picture.{suffix}")
+    data = (tmp_path / f"picture.{suffix}").read_bytes()
+    assert data.startswith(magic)
+    if suffix == "svg":
+        xml.etree.ElementTree.fromstring(data)
+
+
+def test_a_format_that_does_not_exist_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "picture.xyz"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="xyz"):
+        plots.save_figure(plots.new_figure(), path)
+    assert path.read_bytes() == b"old"
+
+
+def test_global_state_is_left_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    plots.plot_stream(axes(), TIME, TARGET, GRID, np.sin(GRID), np.ones(200))
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'gpseq\[cli\]'"):
+        plots.new_figure()
