@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from gpytorch.kernels import Kernel
 from linear_operator import LinearOperator, to_dense, to_linear_operator
-from linear_operator.utils.errors import NotPSDError
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from gpseq.precision import Float64Buffers, in_float64
@@ -34,27 +29,14 @@ def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Te
 
 
 def dense(kernel: Kernel, x1: Tensor, x2: Tensor, **params: Any) -> Tensor:
-    """Values of ``kernel(x1, x2)``, also where GPyTorch would rather factor them.
+    """Values of ``kernel(x1, x2)``, never factored on the way.
 
-    On the way to the values of a sum with a linear kernel, linear_operator factors the other term if the inputs are
-    the same: with notices of jitter that is not ours, and in vain if the outputscale is large.
+    Where both inputs are the same, linear_operator factors one term of a sum with a linear kernel, which is slow and
+    fails if the outputscale is large. One more column makes them different.
     """
     if x1.shape != x2.shape:
         return to_dense(kernel(x1, x2, **params))
-    with quiet():
-        try:
-            return to_dense(kernel(x1, x2, **params))
-        except NotPSDError:
-            longer = torch.cat([x2, x2[..., -1:, :]], dim=-2)  # no longer the same
-            return to_dense(kernel(x1, longer, **params))[..., :-1]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No notices of jitter that is not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumericalWarning)
-        yield
+    return to_dense(kernel(x1, torch.cat([x2, x2[..., -1:, :]], dim=-2), **params))[..., :-1]
 
 
 def align(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:

@@ -293,16 +293,19 @@ class HippoFeatures(InducingFeatures):
         return (residual / reference).reshape(-1, self.num_features).amax(0)
 
     def get_extra_state(self) -> Tensor:
-        """Order, nodes and interval as numbers, so that a saved stream restores its basis exactly."""
+        """What defines the basis as numbers, so that a saved stream restores it exactly."""
         given = -1 if self._num_nodes_given is None else self._num_nodes_given
-        return torch.tensor([self.num_features, given, self.start, self.horizon], dtype=torch.float64)
+        numbers = [self.num_features, given, self.start, self.horizon, self.time_dim, *self._other_inputs.tolist()]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` wrote."""
-        num_features, given, start, horizon = state.tolist()
+        num_features, given, start, horizon, time_dim, *other = state.tolist()
         if (num_features, given) != (self.num_features, self._num_nodes_given or -1):
             self._set_order(int(num_features), None if given < 0 else int(given))
         self._set_interval(start, horizon)
+        self.time_dim = int(time_dim)
+        self._other_inputs = self._other_inputs.new_tensor(other)
 
     def extra_repr(self) -> str:
         """The numbers that define the basis."""

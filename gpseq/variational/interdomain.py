@@ -18,11 +18,10 @@ from linear_operator.operators import (
     MatmulLinearOperator,
     SumLinearOperator,
 )
-from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
 from gpseq.checks import check_floating, check_jitter
-from gpseq.features.base import InducingFeatures, as_inputs, project, quiet
+from gpseq.features.base import InducingFeatures, as_inputs, project
 from gpseq.linalg import cholesky, gaussian_kl
 from gpseq.precision import in_float64
 from gpseq.variational.cast import CastLinearOperator
@@ -199,15 +198,11 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             joint = prior.lazy_covariance_matrix
             kff = joint[..., num_nodes:, num_nodes:]
             kff = kff.diagonal(dim1=-1, dim2=-2) if diagonal else promote(kff)
-            try:
-                kzz = to_dense(joint[..., :num_nodes, :num_nodes])
-                kzf = to_dense(joint[..., :num_nodes, num_nodes:])
-            except NotPSDError:  # see `dense`: a rectangular block is not factored on the way
-                kzz, kzf = to_dense(joint[..., :num_nodes, :]).tensor_split((num_nodes,), dim=-1)
+            # One rectangular block for both: a square one might be factored on the way, see `dense`.
+            kzz, kzf = to_dense(joint[..., :num_nodes, :]).tensor_split((num_nodes,), dim=-1)
             return prior.mean[..., num_nodes:], kzz, kzf, kff
 
-        with quiet():
-            mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
+        mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
         kuu = project(weights, kzz.double(), weights)
         factor, _ = cholesky(0.5 * (kuu + kuu.mT), self._jitter_val)
         A = torch.linalg.solve_triangular(factor, project(weights, kzf.double()), upper=False)

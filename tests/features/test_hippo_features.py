@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gpytorch.kernels import Kernel, LinearKernel, MaternKernel, PeriodicKernel, RBFKernel, ScaleKernel
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_operator import to_dense
 from numpy.polynomial import Polynomial
@@ -370,6 +370,7 @@ def test_working_rules_are_enough() -> None:
             assert residual(features, kernel_of(KERNELS[name]())) <= 1e-3
 
 
+@settings(max_examples=20)
 @given(lengthscale=st.floats(0.1, 10), factor=st.floats(0.01, 100), start=st.floats(-20, 20), scale=st.floats(0.01, 50))
 def test_required_knows_only_the_horizon_in_lengthscales(
     lengthscale: float, factor: float, start: float, scale: float
