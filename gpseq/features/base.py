@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpytorch
 import torch
 from gpytorch.kernels import Kernel
 from linear_operator import LinearOperator, to_dense, to_linear_operator
@@ -26,6 +27,18 @@ def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Te
     """
     x1, x2 = align(x1, x2)
     return in_float64(lambda a, b: dense(kernel, a, b), (kernel,), x1, x2, frozen=frozen).double()
+
+
+def forward(kernel: Kernel, x1: Tensor, x2: Tensor, diag: bool = False) -> Tensor:
+    """Values of a kernel without the lazy object in between, which takes as long as a small update.
+
+    GPyTorch's own lazy kernels take their diagonal in this way, and scale kernels their base kernel.
+    """
+    if type(kernel).__call__ is not Kernel.__call__:
+        return to_dense(kernel(x1, x2, diag=diag))
+    if kernel.active_dims is not None:
+        x1, x2 = x1.index_select(-1, kernel.active_dims), x2.index_select(-1, kernel.active_dims)
+    return to_dense(gpytorch.Module.__call__(kernel, x1, x2, diag=diag))
 
 
 def dense(kernel: Kernel, x1: Tensor, x2: Tensor, **params: Any) -> Tensor:

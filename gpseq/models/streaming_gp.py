@@ -305,8 +305,10 @@ class StreamingGP(ApproximateGP):
 
     def _replace(self, features: InducingFeatures, state: OnlineState, warned_at: float | None = None) -> None:
         """The one place where the stream moves on."""
-        self.variational_strategy.features = features
-        self.variational_strategy.state = state
+        strategy = self.variational_strategy
+        if features is not strategy.features:
+            strategy.features = features
+        strategy.state = state
         if warned_at is not None:
             self._capacity_warned_at = warned_at
 

@@ -171,12 +171,13 @@ def update(
         log_scale = torch.where(observed, torch.log(2 * math.pi * noise), 0.0)
         error = torch.where(observed, error, 0.0)
         count = observed.sum(-1)
-    information = (A * weight.unsqueeze(-2)) @ A.mT
+    weighted = A * weight.unsqueeze(-2)
+    information = weighted @ A.mT
     residual = (weight * variance).sum(-1) - _trace(information)
     return replace(
         state,
         G=state.G + 0.5 * (information + information.mT),
-        r=state.r + _apply(A, weight * error),
+        r=state.r + _apply(weighted, error),
         c=state.c - 0.5 * (log_scale.sum(-1) + (weight * error.square()).sum(-1) + residual),
         count=state.count + count,
     )
