@@ -164,7 +164,7 @@ def update(
     error = y - mean
     if observed is None:
         weight, log_scale = noise.reciprocal(), torch.log(2 * math.pi * noise)
-        count = torch.tensor(error.shape[-1], device=error.device)
+        count: Tensor | int = error.shape[-1]
     else:
         # A missing target may be NaN, and so may its noise: replace, do not multiply.
         weight = torch.where(observed, noise, math.inf).reciprocal()
