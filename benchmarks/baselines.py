@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import gpytorch
@@ -14,41 +13,11 @@ from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.variational import NaturalVariationalDistribution, VariationalStrategy
 from torch import Tensor
 
-from examples.stream.ovc import OnlineVariationalConditioning
-from gpseq.features import HippoFeatures, InducingPoints
-from gpseq.models import CapacityWarning, StreamingGP
+from examples.stream.methods import Exact, OnlineVariationalConditioning, Stream
+from gpseq.features import InducingPoints
+from gpseq.models import StreamingGP
 
 __all__ = ["Exact", "OnlineVariationalConditioning", "RefitSVGP", "Stream", "StreamingPoints"]
-
-
-class Stream:
-    """``StreamingGP`` on a Legendre memory."""
-
-    def __init__(
-        self,
-        num_features: int,
-        horizon: float,
-        kernel: Kernel,
-        likelihood: GaussianLikelihood,
-        start: float = 0.0,
-        growth: float | str | None = 1.25,
-    ) -> None:
-        features = HippoFeatures(num_features, horizon, start=start)
-        self.model = StreamingGP(features, kernel, likelihood, horizon_growth=growth).eval()
-        self.warnings: list[str] = []
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Learn a chunk; capacity warnings are collected."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CapacityWarning)
-            self.model.update(x, y)
-        self.warnings += [str(w.message) for w in caught]
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of new observations."""
-        prediction = self.model.likelihood(self.model(x))
-        return prediction.mean, prediction.variance
 
 
 class StreamingPoints(Stream):
@@ -111,30 +80,6 @@ class _SVGP(gpytorch.models.ApproximateGP):
 
     def forward(self, x: Tensor) -> MultivariateNormal:
         return MultivariateNormal(torch.zeros_like(x[..., 0]), self.covar_module(x))
-
-
-class Exact:
-    """The exact GP on all data, by one dense factor: the ceiling."""
-
-    def __init__(self, kernel: Kernel, likelihood: GaussianLikelihood) -> None:
-        self.kernel, self.likelihood = kernel, likelihood
-        self.data: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add the chunk and factor anew."""
-        self.data.append((x, y))
-        self.x, y = (torch.cat(parts) for parts in zip(*self.data, strict=True))
-        noisy = self.kernel(self.x).to_dense() + self.likelihood.noise * torch.eye(len(y), dtype=torch.float64)
-        self.factor = torch.linalg.cholesky(noisy)
-        self.weights = torch.cholesky_solve(y.unsqueeze(-1), self.factor).squeeze(-1)
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of new observations."""
-        cross = self.kernel(x, self.x).to_dense()
-        explained = torch.linalg.solve_triangular(self.factor, cross.mT, upper=False).square().sum(0)
-        return cross @ self.weights, self.kernel(x, diag=True) - explained + self.likelihood.noise
 
 
 Method = Callable[[], Stream | RefitSVGP | Exact | OnlineVariationalConditioning]

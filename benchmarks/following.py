@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ def learn(base: Kernel, chunk: Chunk, seed: int, num_starts: int) -> tuple[Kerne
     generator = torch.Generator().manual_seed(seed)
     best = None
     for fraction in (0.03, 0.1, 0.3):
-        kernel, likelihood = ScaleKernel(_copy(base)).double(), GaussianLikelihood().double()
+        kernel, likelihood = ScaleKernel(copy.deepcopy(base)).double(), GaussianLikelihood().double()
         kernel.base_kernel.lengthscale = fraction * span
         likelihood.noise = 0.05
         try:
@@ -75,7 +76,7 @@ def follow(chunks: list[Chunk], methods: Mapping[str, Method]) -> dict[str, Any]
         for step, chunk in enumerate(chunks):
             with warnings.catch_warnings():
                 # GPyTorch's own jitter notices about the peers.
-                warnings.simplefilter("ignore", (NumericalWarning))
+                warnings.simplefilter("ignore", NumericalWarning)
                 warnings.simplefilter("ignore", gpytorch.utils.warnings.GPInputWarning)
                 begun = time.perf_counter()
                 method.update(chunk.x, chunk.y)
@@ -98,9 +99,3 @@ def follow(chunks: list[Chunk], methods: Mapping[str, Method]) -> dict[str, Any]
 def _score(method: Any, x: Tensor, y: Tensor) -> tuple[float, float]:
     mean, variance = method.predict(x)
     return metrics.rmse(mean, y).item(), metrics.nlpd(mean, variance, y).item()
-
-
-def _copy(kernel: Kernel) -> Kernel:
-    import copy
-
-    return copy.deepcopy(kernel)

@@ -90,3 +90,24 @@ def check_floating(name: str, value: Any) -> Tensor:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a floating-point tensor, got {got}.")
     return value
+
+
+def check_inputs(x: Any, columns: int) -> Tensor:
+    """Inputs with a column axis.
+
+    Args:
+        x: what came; ``(n,)`` or ``(*batch, n, d)``.
+        columns: d.
+
+    Returns:
+        The inputs, ``(*batch, n, d)``.
+
+    Raises:
+        TypeError: it is no floating-point tensor.
+        ValueError: it has another number of columns.
+    """
+    inputs = check_floating("x", x)
+    inputs = inputs.unsqueeze(-1) if inputs.dim() == 1 else inputs
+    if inputs.dim() < 2 or inputs.shape[-1] != columns:
+        raise ValueError(f"x: expected {columns} input columns, as the features have, got shape {tuple(x.shape)}.")
+    return inputs

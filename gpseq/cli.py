@@ -30,9 +30,10 @@ examples:
   gpseq stream load.csv --time stamp --target MW --chunk 1000 --state load.state --out predictions.csv
   tail -n +1 -f feed.csv | gpseq stream - --time t --target y --chunk 10 --warmup 200 --features 64 --state feed.state
 
-Times are numbers, or dates of ISO 8601, which are counted in days. Rows whose target is empty are not learnt, but
-predicted. A fraction of the rows (--holdout) is kept from learning, and a sample of them, 1000 at most, shows how well
-the whole past is known. If 5000 rows were learnt or fewer, the exact Gaussian process is computed for comparison.
+Times are numbers, or dates like 2024-01-31 (ISO 8601 with dashes), which are counted in days. Rows whose target is
+empty are not learnt, but predicted. A fraction of the rows (--holdout) is kept from learning, and a sample of them,
+1000 at most, shows how well the whole past is known. If 5000 rows were learnt or fewer, the exact Gaussian process is
+computed for comparison.
 
 With --state the run may be stopped at any moment, even by kill -9: the same command goes on after the last complete
 chunk, with the result of an uninterrupted run. A file is always read from its start, and rows that were learnt are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 Result = TypeVar("Result")
 
 
+# Stand-ins take the place of a module's own tensors for a moment; a second thread must neither see nor keep them.
+_ONE_AT_A_TIME = threading.RLock()
+
+
 def in_float64(
     function: Callable[..., Result], modules: tuple[nn.Module, ...], *args: Any, frozen: bool = False
 ) -> Result:
@@ -21,7 +26,8 @@ def in_float64(
 
     The promotion is differentiable (gradients arrive at the original parameters in their own dtype), touches nothing
     permanently, and costs nothing when the modules are in float64 already. What ``function`` returns must be
-    evaluated: a lazy object would look up the parameters later, in their own dtype. Autocast is off inside.
+    evaluated: a lazy object would look up the parameters later, in their own dtype. Autocast is off inside. Threads
+    take turns.
 
     Args:
         function: uses ``modules``; receives ``args``.
@@ -39,7 +45,7 @@ def in_float64(
     """
     frozen = frozen and torch.is_grad_enabled()
     device_type = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-    with torch.autocast(device_type, enabled=False):
+    with _ONE_AT_A_TIME, torch.autocast(device_type, enabled=False):
         if not frozen and all(t.dtype == torch.float64 for m in modules for t in floating_tensors(m)):
             return function(*args)
         with _promoted(modules, frozen):

@@ -166,6 +166,8 @@ class StreamRun:
                 raise RunError(f"column {column!r} is constant over the {len(x)} warm-up rows: try a larger --warmup")
 
         mean, std = y.mean().item(), y.std().item()
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise RunError(f"column {options.target!r} is too large, or varies too little, for float64 arithmetic")
         kernel, likelihood = fit(options.kernel, x, (y - mean) / std)
         features = make_features(options, kernel, likelihood.noise.item(), [row.time for row in rows], span)
         model = new_model(features, kernel, likelihood, options.horizon_growth)

@@ -159,6 +159,10 @@ def make_features(
     end = span.end if span else options.horizon
     if options.horizon is not None:
         horizon = options.horizon
+        if options.horizon_growth == "fixed" and span and span.end > horizon:
+            raise RunError(
+                f"--horizon-growth fixed: the file ends at {span.end:g}, after --horizon {horizon:g}; give a later one"
+            )
     elif options.horizon_growth == "fixed" and span:
         horizon = span.end
     else:

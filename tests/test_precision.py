@@ -1,5 +1,6 @@
 """Modules that appear in float64 for the time of a call, and buffers that stay in float64."""
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -267,3 +268,26 @@ def test_float64_buffers_load() -> None:
     state.exact.fill_(2 / 7)
     other.load_state_dict(state.state_dict())
     assert other.exact.item() == 2 / 7
+
+
+def test_threads_leave_the_parameters_alone() -> None:
+    """Stand-ins of one thread must not be taken for the originals by another."""
+    layer = nn.Linear(3, 3)
+    before = dict(layer.named_parameters())
+    x = torch.ones(2, 3, dtype=F64)
+    expected = in_float64(layer, (layer,), x)
+    wrong: list[Tensor] = []
+
+    def work() -> None:
+        for _ in range(200):
+            result = in_float64(layer, (layer,), x)
+            if not torch.equal(result, expected):
+                wrong.append(result)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(now is before[name] for name, now in layer.named_parameters())

@@ -4,62 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import gpytorch
 import torch
 from torch import Tensor
 
-from examples.stream.ovc import OnlineVariationalConditioning
+from examples.stream.methods import Exact, OnlineVariationalConditioning, Stream
 from gpseq import datasets, metrics, plots
 from gpseq.features import HippoFeatures
-from gpseq.models import CapacityWarning, StreamingGP, fit_hyperparameters
+from gpseq.models import fit_hyperparameters
 
 NUM_CHUNKS = 10
 HELD_OUT = 0.2
 GROWTH = 1.25
 NUM_INDUCING = 12  # of the first chunk, for OVC: with more of them its pseudo-data lose accuracy
-
-
-class Stream:
-    """A StreamingGP behind the interface that OVC has here."""
-
-    def __init__(self, num_features: int, horizon: float, kernel: gpytorch.kernels.Kernel, likelihood) -> None:
-        features = HippoFeatures(num_features, horizon)
-        self.model = StreamingGP(features, kernel, likelihood, horizon_growth=GROWTH).eval()
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Learn a chunk."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CapacityWarning)
-            self.model.update(x, y)
-        for warning in caught:
-            print(f"  capacity: {warning.message}")
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of new observations."""
-        prediction = self.model.likelihood(self.model(x))
-        return prediction.mean, prediction.variance
-
-
-def exact(x: Tensor, y: Tensor, kernel, likelihood) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """The exact GP on all data, as a function from times to mean and variance."""
-
-    class ExactGP(gpytorch.models.ExactGP):
-        def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
-            return gpytorch.distributions.MultivariateNormal(torch.zeros_like(x[..., 0]), kernel(x))
-
-    model = ExactGP(x, y, likelihood).eval()
-
-    @torch.no_grad()
-    def predict(at: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = likelihood(model(at))
-        return prediction.mean, prediction.variance
-
-    return predict
 
 
 def main() -> None:
@@ -108,11 +67,14 @@ def main() -> None:
             seconds += time.perf_counter() - begun
             for past, (x_past, y_past, out_past) in enumerate(chunks[: step + 1]):
                 errors[name][step, past] = metrics.rmse(method.predict(x_past[out_past])[0], y_past[out_past])
+        for message in getattr(method, "warnings", []):
+            print(f"  capacity: {message}")
         mean, variance = method.predict(t[held_out])
         scores = metrics.rmse(mean, y[held_out]), metrics.nlpd(mean, variance, y[held_out])
         print(f"{name:>14}: RMSE {scores[0]:.4f}  NLPD {scores[1]:.4f}  updates {seconds:.2f} s")
-    predict_exact = exact(t[~held_out], y[~held_out], kernel, likelihood)
-    mean, variance = predict_exact(t[held_out])
+    exact = Exact(kernel, likelihood)
+    exact.update(t[~held_out], y[~held_out])
+    mean, variance = exact.predict(t[held_out])
     scores = metrics.rmse(mean, y[held_out]), metrics.nlpd(mean, variance, y[held_out])
     print(f"{'exact GP':>14}: RMSE {scores[0]:.4f}  NLPD {scores[1]:.4f}")
 
@@ -124,7 +86,7 @@ def main() -> None:
     def in_units(prediction: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return series.target.mean() + scale * prediction[0], scale * prediction[1].sqrt()
 
-    exact_mean, _ = in_units(predict_exact(grid))
+    exact_mean, _ = in_units(exact.predict(grid))
     for panel, name in zip("AB", list(methods)[:2], strict=True):
         mean, std = in_units(methods[name].predict(grid))
         plots.plot_stream(

@@ -257,8 +257,9 @@ class HippoFeatures(InducingFeatures):
             if curve[-1] <= tolerance:
                 break
             if order == max_features:
+                reference = "prior variance" if noise is None else "prior variance or the noise, whichever is smaller,"
                 raise CapacityError(
-                    f"{max_features} features leave {curve[-1].item():.2%} of the prior variance on the horizon, and "
+                    f"{max_features} features leave {curve[-1].item():.2%} of the {reference} on the horizon, and "
                     f"{tolerance:.2%} was asked for; a shorter horizon or a larger tolerance would need fewer."
                 )
             order = min(2 * order, max_features)

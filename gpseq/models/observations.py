@@ -8,8 +8,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from torch import Tensor
 
-from gpseq.checks import check_floating
-from gpseq.features.base import as_inputs
+from gpseq.checks import check_floating, check_inputs
 from gpseq.variational import OnlineState
 
 
@@ -91,10 +90,7 @@ def check_observations(
     if x.dim() == 0 or y.dim() == 0:
         name = "x" if x.dim() == 0 else "y"
         raise ValueError(f"{name}: expected at least one dimension, got a scalar.")
-    inputs = as_inputs(x)
-    if inputs.shape[-1] != nodes.shape[-1]:
-        columns = nodes.shape[-1]
-        raise ValueError(f"x: expected {columns} input columns, as the features have, got shape {tuple(x.shape)}.")
+    inputs = check_inputs(x, nodes.shape[-1])
     if y.shape[-1] != inputs.shape[-2]:
         expected = f"{inputs.shape[-2]} targets for x of shape {tuple(x.shape)}"
         raise ValueError(f"y: expected {expected}, got shape {tuple(y.shape)}.")

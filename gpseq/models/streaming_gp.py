@@ -15,7 +15,7 @@ from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
-from gpseq.checks import check_count, check_jitter, check_number
+from gpseq.checks import check_count, check_inputs, check_jitter, check_number
 from gpseq.features import CapacityError, HippoFeatures, InducingFeatures
 from gpseq.models.observations import Observations, check_observations
 from gpseq.models.warmup import fit_hyperparameters
@@ -54,7 +54,8 @@ class StreamingGP(ApproximateGP):
         likelihood: ``GaussianLikelihood``, or ``FixedNoiseGaussianLikelihood`` with noise given at each update.
         mean_module: any GPyTorch mean; ``None`` is zero.
         horizon_growth: when data pass the horizon, its length grows by this factor as often as needed; ``None``
-            stretches it to the last time seen; ``"fixed"`` declares an end beyond which an update raises.
+            stretches it to the last time seen; ``"fixed"`` declares an end beyond which an update raises. Features
+            without a horizon (``InducingPoints``) stay where they are, see :meth:`rebase`.
         transfer: ``"vfe"`` keeps old information as a likelihood, ``"adf"`` matches moments; see
             :func:`gpseq.variational.online.transfer`.
         learn: ``"never"``: updates leave the hyperparameters alone.
@@ -113,6 +114,8 @@ class StreamingGP(ApproximateGP):
             raise ValueError(f"learn: expected 'never', got {learn!r}.")
         tolerance = check_number("tolerance", tolerance, above=0.0, expected="a positive fraction of the variance")
         if max_features is not None:
+            if not isinstance(features, HippoFeatures):
+                raise ValueError(f"max_features: only HippoFeatures can grow, got {type(features).__name__}.")
             check_count("max_features", max_features, least=features.num_features)
         jitter = check_jitter(jitter)
         self.covar_module = covar_module
@@ -274,6 +277,7 @@ class StreamingGP(ApproximateGP):
         """
         strategy = self.variational_strategy
         if x is not None:
+            x = check_inputs(x, self.state.nodes.shape[-1])
             return online.residual_variance(strategy.current_state(), strategy.prior, x)
         if not isinstance(self.features, HippoFeatures):
             raise ValueError(f"x: {type(self.features).__name__} have no horizon to average over; give inputs.")
@@ -293,6 +297,7 @@ class StreamingGP(ApproximateGP):
             raise ValueError(
                 f"features: only HippoFeatures have a polynomial picture, not {type(self.features).__name__}."
             )
+        x = check_inputs(x, self.state.nodes.shape[-1])
         state = self.variational_strategy.current_state()
         coefficients = (state.factor @ online.posterior(state)[0].unsqueeze(-1)).squeeze(-1)
         return self.features.reconstruct(coefficients, x) + self.variational_strategy.prior.mean_at(x)

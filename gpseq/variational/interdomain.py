@@ -20,7 +20,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from gpseq.checks import check_floating, check_jitter
+from gpseq.checks import check_floating, check_inputs, check_jitter
 from gpseq.features.base import InducingFeatures, as_inputs, project
 from gpseq.linalg import cholesky, gaussian_kl
 from gpseq.precision import in_float64
@@ -154,12 +154,9 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         Returns:
             Distribution over ``(*batch, n)`` values, in the dtype of ``x``.
         """
-        x = as_inputs(check_floating("x", x))
         if prior:
-            return self.model.forward(x, **kwargs)
-        columns = self.inducing_points.shape[-1]
-        if x.dim() < 2 or x.shape[-1] != columns:
-            raise ValueError(f"x: expected {columns} input columns, as the features have, got shape {tuple(x.shape)}.")
+            return self.model.forward(as_inputs(check_floating("x", x)), **kwargs)
+        x = check_inputs(x, self.inducing_points.shape[-1])
         diagonal = diag and self.training
         mean, covariance, A, q = self._conditional(x, diagonal, **kwargs)
         if not isinstance(q, (MultivariateNormal, Delta)):

@@ -1,8 +1,9 @@
-"""The peer: online variational conditioning, GPyTorch's own way to add data to a sparse GP."""
+"""The methods that follow a series, with one interface: ``update(x, y)``, ``predict(x) -> mean, variance``."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 
 import gpytorch
 import torch
@@ -11,6 +12,9 @@ from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.variational import CholeskyVariationalDistribution, VariationalStrategy
 from torch import Tensor
+
+from gpseq.features import HippoFeatures
+from gpseq.models import CapacityWarning, StreamingGP
 
 #: GPyTorch's default for float64.
 JITTER = gpytorch.settings.variational_cholesky_jitter.value(torch.float64)
@@ -75,3 +79,57 @@ class OnlineVariationalConditioning:
         """Points that the model holds."""
         inputs = getattr(self.model, "train_inputs", None)
         return self.num_inducing if inputs is None else inputs[0].shape[-2]
+
+
+class Stream:
+    """``StreamingGP`` on a Legendre memory."""
+
+    def __init__(
+        self,
+        num_features: int,
+        horizon: float,
+        kernel: Kernel,
+        likelihood: GaussianLikelihood,
+        start: float = 0.0,
+        growth: float | str | None = 1.25,
+    ) -> None:
+        features = HippoFeatures(num_features, horizon, start=start)
+        self.model = StreamingGP(features, kernel, likelihood, horizon_growth=growth).eval()
+        self.warnings: list[str] = []
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Learn a chunk; capacity warnings are collected."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CapacityWarning)
+            self.model.update(x, y)
+        self.warnings += [str(w.message) for w in caught]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of new observations."""
+        prediction = self.model.likelihood(self.model(x))
+        return prediction.mean, prediction.variance
+
+
+class Exact:
+    """The exact GP on all data, by one dense factor: the ceiling."""
+
+    def __init__(self, kernel: Kernel, likelihood: GaussianLikelihood) -> None:
+        self.kernel, self.likelihood = kernel, likelihood
+        self.data: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add the chunk and factor anew."""
+        self.data.append((x, y))
+        self.x, y = (torch.cat(parts) for parts in zip(*self.data, strict=True))
+        noisy = self.kernel(self.x).to_dense() + self.likelihood.noise * torch.eye(len(y), dtype=torch.float64)
+        self.factor = torch.linalg.cholesky(noisy)
+        self.weights = torch.cholesky_solve(y.unsqueeze(-1), self.factor).squeeze(-1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of new observations."""
+        cross = self.kernel(x, self.x).to_dense()
+        explained = torch.linalg.solve_triangular(self.factor, cross.mT, upper=False).square().sum(0)
+        return cross @ self.weights, self.kernel(x, diag=True) - explained + self.likelihood.noise
