@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@mkdir -p build/demo
 	$(BIN)/gpseq stream gpseq/datasets/data/solar_lean2004.csv --time year --target tsi_11yr_bkgrnd \
-		--chunk 40 --features auto --seed 1 --plot build/demo/solar.png
+		--chunk 40 --features auto --seed 1
 	$(BIN)/python -m examples.stream.run --out build/demo
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -29,10 +29,19 @@ def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Te
     return in_float64(lambda a, b: dense(kernel, a, b), (kernel,), x1, x2, frozen=frozen).double()
 
 
-def forward(kernel: Kernel, x1: Tensor, x2: Tensor, diag: bool = False) -> Tensor:
-    """Values of a kernel without the lazy object in between, which takes as long as a small update.
+def unchecked(kernel: Kernel, x1: Tensor, x2: Tensor, diag: bool = False) -> Tensor:
+    """Values of a kernel without its checks and the lazy object in between, which take as long as a small update.
 
     GPyTorch's own lazy kernels take their diagonal in this way, and scale kernels their base kernel.
+
+    Args:
+        kernel: any GPyTorch kernel, evaluated in the dtype that it has.
+        x1: ``(*batch, n, d)``; that d suits the kernel has been seen before.
+        x2: ``(*batch, m, d)``, the same batch shape.
+        diag: the diagonal only, where both inputs are the same.
+
+    Returns:
+        ``(*batch, n, m)``, or ``(*batch, n)``.
     """
     if type(kernel).__call__ is not Kernel.__call__:
         return to_dense(kernel(x1, x2, diag=diag))

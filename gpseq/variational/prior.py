@@ -9,7 +9,7 @@ from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from torch import Tensor
 
-from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal, forward
+from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal, unchecked
 from gpseq.precision import floating_tensors, in_float64
 
 
@@ -38,7 +38,7 @@ class Prior:
 
         def blocks(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mean = x.new_zeros(x.shape[:-1]) if self.mean is None else self.mean(x)
-            return forward(self.kernel, z, x), forward(self.kernel, x, x, diag=True), mean
+            return unchecked(self.kernel, z, x), unchecked(self.kernel, x, x, diag=True), mean
 
         modules = (self.kernel,) if self.mean is None else (self.kernel, self.mean)
         covariance, variance, mean = in_float64(blocks, modules, *align(nodes, as_inputs(x)), frozen=self.frozen)
