@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import gpytorch
 import mpmath
 import torch
 
+from benchmarks.timing import in_turn
 from gpseq import hippo
 from gpseq.features import HippoFeatures
 
@@ -98,10 +98,5 @@ def _parity(order: int, repetitions: int) -> dict[str, Any]:
             "dense": lambda: torch.linalg.cholesky(kuu),
             "parity": lambda: (torch.linalg.cholesky(even), torch.linalg.cholesky(odd)),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repetitions):
-            for name, way in ways.items():
-                begun = time.perf_counter()
-                way()
-                seconds[name].append(time.perf_counter() - begun)
+        seconds = in_turn(ways, repetitions)
     return {"order": order, **{f"{name}_us": 1e6 * statistics.median(values) for name, values in seconds.items()}}

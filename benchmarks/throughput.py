@@ -12,6 +12,7 @@ import gpytorch
 import torch
 from torch import Tensor
 
+from benchmarks.timing import in_turn
 from gpseq.features import HippoFeatures
 from gpseq.models import StreamingGP
 from gpseq.variational import Prior, online
@@ -111,12 +112,7 @@ def _floor(x: Tensor, y: Tensor, repetitions: int) -> dict[str, Any]:
         "bare loop, GPyTorch's kernel": bare_gpytorch,
         "bare loop, kernel written out": bare_written_out,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - begun)
+    seconds = in_turn(ways, repetitions)
     M, Q, n = NUM_FEATURES, len(nodes), len(x)
     return {
         "median_us": {name: 1e6 * statistics.median(values) for name, values in seconds.items()},

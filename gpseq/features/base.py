@@ -136,8 +136,8 @@ class InducingFeatures(Float64Buffers):
             kernel: any GPyTorch kernel; its batch shape broadcasts.
 
         Returns:
-            ``(*batch, M, M)``, symmetric, float64, without jitter. Dense inside: up to a few thousand features no
-            structure repays its overhead (see the benchmarks).
+            ``(*batch, M, M)``, symmetric, float64, without jitter. Dense inside: the benchmarks show what the parity
+            of stationary kernels would spare, up to a thousand features, and that forming the matrix costs more.
         """
         nodes, weights = self.nodes(), self.weights()
         covariance = project(weights, evaluate(kernel, nodes, nodes), weights)

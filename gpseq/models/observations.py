@@ -33,11 +33,6 @@ class Observations:
         """Whether there is nothing to learn."""
         return self.y.numel() == 0 or (self.observed is not None and not bool(self.observed.any()))
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        """What x, y and noise broadcast to, without n."""
-        return _broadcast(_broadcast(self.x.shape[:-2], self.y.shape[:-1]), self.noise.shape[:-1])
-
     def check_fits(self, batch: torch.Size) -> None:
         """Check that learning this chunk leaves a model of batch shape ``batch`` as it is.
 

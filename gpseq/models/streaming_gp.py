@@ -175,8 +175,7 @@ class StreamingGP(ApproximateGP):
         with torch.inference_mode(False), torch.no_grad():
             state = strategy.current_state()
             data = check_observations(state, self.likelihood, x, y, noise, missing)
-            batch = state.r.shape[:-1]
-            data.check_fits(batch)
+            data.check_fits(state.r.shape[:-1])
             if data.empty:
                 return self
             features, basis, warned_at = self._features_for(data)
