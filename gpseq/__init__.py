@@ -15,15 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpseq import datasets, features, hippo, linalg, metrics, models, plots, storage, variational
+    from gpseq import datasets, features, hippo, likelihoods, linalg, metrics, mlls, models, plots, storage, variational
 
 __all__ = [
     "__version__",
     "datasets",
     "features",
     "hippo",
+    "likelihoods",
     "linalg",
     "metrics",
+    "mlls",
     "models",
     "plots",
     "storage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -111,3 +112,11 @@ def check_inputs(x: Any, columns: int) -> Tensor:
     if inputs.dim() < 2 or inputs.shape[-1] != columns:
         raise ValueError(f"x: expected {columns} input columns, as the features have, got shape {tuple(x.shape)}.")
     return inputs
+
+
+def stacklevel_outside() -> int:
+    """The ``stacklevel`` of a warning that points at the first caller outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gpseq":
+        level, frame = level + 1, frame.f_back
+    return level

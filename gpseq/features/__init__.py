@@ -1,7 +1,19 @@
-"""Features: what the inducing variables u are."""
+"""What inducing variables are: linear functionals of f, as nodes and weights."""
 
 from gpseq.features.base import InducingFeatures
+from gpseq.features.composite import CompositeFeatures, PyramidFeatures
 from gpseq.features.hippo import CapacityError, HippoFeatures
+from gpseq.features.path import PathFeatures
 from gpseq.features.points import InducingPoints
+from gpseq.features.selected import SelectedPoints
 
-__all__ = ["CapacityError", "HippoFeatures", "InducingFeatures", "InducingPoints"]
+__all__ = [
+    "CapacityError",
+    "CompositeFeatures",
+    "HippoFeatures",
+    "InducingFeatures",
+    "InducingPoints",
+    "PathFeatures",
+    "PyramidFeatures",
+    "SelectedPoints",
+]

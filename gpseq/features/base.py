@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gpytorch
@@ -11,6 +12,9 @@ from linear_operator import LinearOperator, to_dense, to_linear_operator
 from torch import Tensor
 
 from gpseq.precision import Float64Buffers, in_float64
+
+#: Residual variances are averaged over this many inputs, spread evenly over what a memory covers.
+NUM_PROBES = 256
 
 
 def evaluate(kernel: Kernel, x1: Tensor, x2: Tensor, frozen: bool = False) -> Tensor:
@@ -121,6 +125,21 @@ class InducingFeatures(Float64Buffers):
         """M, the number of inducing variables."""
         raise NotImplementedError(f"{type(self).__name__} must define num_features.")
 
+    @property
+    def num_dims(self) -> int:
+        """d, the number of input columns."""
+        return self.nodes().shape[-1]
+
+    @property
+    def embedding(self) -> Callable[[Tensor], Tensor] | None:
+        r"""``None`` where f is seen through its kernel, as by all features but random ones.
+
+        Otherwise a map :math:`\psi` from inputs ``(*batch, n, d)`` to ``(*batch, n, F)``, float64. Then f minus its
+        mean is the linear model :math:`\psi(x)^\top w`, :math:`w \sim N(0, I)`, the nodes stand for the F numbers w and
+        have shape ``(F, 0)``, and every covariance follows from :math:`\psi` instead of the kernel.
+        """
+        return None
+
     def nodes(self) -> Tensor:
         """Inputs at which f is summed, ``(*batch, Q, d)``, float64."""
         raise NotImplementedError(f"{type(self).__name__} must define nodes().")
@@ -166,6 +185,28 @@ class InducingFeatures(Float64Buffers):
             ``(*batch, M, M')``, float64.
         """
         return project(self.weights(), evaluate(kernel, self.nodes(), other.nodes()), other.weights())
+
+    def following(self, x: Tensor, kernel: Kernel, growth: float | str | None = 1.25) -> InducingFeatures:
+        """Features for a stream that has come to ``x``.
+
+        Args:
+            x: new inputs, ``(n, d)``, float64.
+            kernel: the kernel, for features that choose by it.
+            growth: how a stretching horizon grows, see ``StreamingGP``.
+
+        Returns:
+            New features, or these where nothing has to change. Points that were given stay where they are.
+        """
+        return self
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """First and last time that a memory of time covers; ``None`` for features that are none."""
+        return None
+
+    def probes(self, num_probes: int = NUM_PROBES) -> Tensor | None:
+        """Inputs at which the memory is judged, ``(n, d)``, float64; ``None`` where there is nothing to cover."""
+        return None
 
 
 def as_inputs(x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Whole GPs."""
 
-from gpseq.models.streaming_gp import CapacityWarning, StreamingGP
+from gpseq.models.capacity import CapacityWarning
+from gpseq.models.ensemble import StreamingEnsemble
+from gpseq.models.streaming_gp import ConvergenceWarning, StreamingGP
 from gpseq.models.warmup import fit_hyperparameters
 
-__all__ = ["CapacityWarning", "StreamingGP", "fit_hyperparameters"]
+__all__ = ["CapacityWarning", "ConvergenceWarning", "StreamingEnsemble", "StreamingGP", "fit_hyperparameters"]

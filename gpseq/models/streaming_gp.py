@@ -10,30 +10,34 @@ from typing import Any
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, Likelihood
+from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
 from gpseq.checks import check_count, check_inputs, check_jitter, check_number
-from gpseq.features import CapacityError, HippoFeatures, InducingFeatures
-from gpseq.models.observations import Observations, check_observations
+from gpseq.features import HippoFeatures, InducingFeatures
+from gpseq.models import capacity, learning
+from gpseq.models.observations import (
+    Observations,
+    check_likelihood,
+    check_observations,
+    expectation_of,
+    is_gaussian,
+    longest_step,
+)
 from gpseq.models.warmup import fit_hyperparameters
-from gpseq.variational import OnlineState, StreamingVariationalStrategy, online
+from gpseq.variational import OnlineState, StreamingVariationalStrategy, online, sites
+from gpseq.variational.sites import Convergence
 
-#: Mean residual prior variance above which a stream says that its memory is too small.
-CAPACITY_WARNING = 0.01
-
-
-#: A capacity warning does not search for more features than this: the search takes seconds there.
-MOST_ADVISED = 1024
+LEARN = ("never", "warmup", "basis_change")
 
 #: Beyond this the squares in an evidence overflow.
 LARGEST_LOG_SCALE = 1e150
 
 
-class CapacityWarning(UserWarning):
-    """The memory cannot hold the prior on its horizon: all times are remembered worse."""
+class ConvergenceWarning(UserWarning):
+    """An update with a likelihood that is not Gaussian stopped before it had converged."""
 
 
 class StreamingGP(ApproximateGP):
@@ -45,20 +49,28 @@ class StreamingGP(ApproximateGP):
     RBF kernel, fewer of a rough one. When that is passed, *all* of the past blurs, and a :class:`CapacityWarning`
     names the number of features that would do.
 
-    The hyperparameters do not move by themselves: learn them on a first window (:meth:`fit_hyperparameters`) or set
-    them. Changed values take effect at once; the belief is then carried over to them.
+    The hyperparameters do not move by themselves unless ``learn`` says so: learn them on a first window
+    (:meth:`fit_hyperparameters`) or set them. Changed values take effect at once; the belief is then carried over to
+    them.
+
+    Several outputs: a kernel with a batch shape makes a batch of independent streams that share their inputs. Outputs
+    that share latent functions (LMC) are a kernel over (time, output), with one part of ``CompositeFeatures`` for each.
 
     Args:
         features: what the memory consists of, usually ``HippoFeatures``; any inducing features work.
         covar_module: any GPyTorch kernel.
-        likelihood: ``GaussianLikelihood``, or ``FixedNoiseGaussianLikelihood`` with noise given at each update.
+        likelihood: any of one output with ``expected_log_prob``: Gaussian ones are updated in closed form
+            (``FixedNoiseGaussianLikelihood`` with noise given at each update), others by sites, see
+            :mod:`gpseq.variational.sites`.
         mean_module: any GPyTorch mean; ``None`` is zero.
         horizon_growth: when data pass the horizon, its length grows by this factor as often as needed; ``None``
             stretches it to the last time seen; ``"fixed"`` declares an end beyond which an update raises. Features
             without a horizon (``InducingPoints``) stay where they are, see :meth:`rebase`.
         transfer: ``"vfe"`` keeps old information as a likelihood, ``"adf"`` matches moments; see
             :func:`gpseq.variational.online.transfer`.
-        learn: ``"never"``: updates leave the hyperparameters alone.
+        learn: when hyperparameters are learnt: ``"never"``; ``"warmup"``, on the first chunk, as
+            :meth:`fit_hyperparameters` does; ``"basis_change"``, there and then by a few small steps on the online
+            bound whenever the basis changes, see :func:`gpseq.models.learning.learn_from`.
         max_features: let the memory grow to at most this many features: at a change of basis the order is raised
             until the mean residual variance is under ``tolerance``. ``None`` keeps it as it is.
         tolerance: admissible mean residual variance as a fraction of the prior variance, for ``max_features`` and for
@@ -66,7 +78,7 @@ class StreamingGP(ApproximateGP):
         jitter: relative jitter of factorisations, see :func:`gpseq.linalg.cholesky`.
 
     Raises:
-        TypeError: an argument of the wrong kind, a likelihood that is not Gaussian.
+        TypeError: an argument of the wrong kind, a likelihood of several outputs.
         ValueError: a value out of range.
 
     Example:
@@ -101,7 +113,6 @@ class StreamingGP(ApproximateGP):
         for name, value, kind in (
             ("features", features, InducingFeatures),
             ("covar_module", covar_module, Kernel),
-            ("likelihood", likelihood, (GaussianLikelihood, FixedNoiseGaussianLikelihood)),
             ("mean_module", mean_module, (Mean, type(None))),
         ):
             if not isinstance(value, kind):
@@ -110,8 +121,11 @@ class StreamingGP(ApproximateGP):
                 raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}.")
         if transfer not in online.TRANSFERS:
             raise ValueError(f"transfer: expected one of {online.TRANSFERS}, got {transfer!r}.")
-        if learn != "never":
-            raise ValueError(f"learn: expected 'never', got {learn!r}.")
+        likelihood = check_likelihood(likelihood)
+        if learn not in LEARN:
+            raise ValueError(f"learn: expected one of {LEARN}, got {learn!r}.")
+        if learn != "never" and features.embedding is not None:
+            raise ValueError(f"learn: random features are frozen with their kernel; expected 'never', got {learn!r}.")
         tolerance = check_number("tolerance", tolerance, above=0.0, expected="a positive fraction of the variance")
         if max_features is not None:
             if not isinstance(features, HippoFeatures):
@@ -128,6 +142,9 @@ class StreamingGP(ApproximateGP):
         with torch.inference_mode(False):
             self.variational_strategy = StreamingVariationalStrategy(self, features, jitter, transfer)
         self._capacity_warned_at = 0.0  # length of the horizon
+        self._begun = False
+        #: How the last update by sites went; ``None`` before it, and where updates have a closed form.
+        self.convergence: Convergence | None = None
 
     def forward(self, x: Tensor) -> MultivariateNormal:
         """Prior at ``x``."""
@@ -149,7 +166,15 @@ class StreamingGP(ApproximateGP):
         state = self.state
         return int(state.count.expand(state.r.shape[:-1]).sum())
 
-    def update(self, x: Tensor, y: Tensor, noise: Tensor | None = None, missing: str = "error") -> StreamingGP:
+    def update(
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None = None,
+        missing: str = "error",
+        steps: int | None = None,
+        step_size: float | None = None,
+    ) -> StreamingGP:
         """Absorb a chunk of observations, in place and in bounded memory.
 
         Times may be irregular, repeated, unsorted, or older than what was seen. An empty chunk changes nothing. An
@@ -160,29 +185,58 @@ class StreamingGP(ApproximateGP):
                 features' horizon.
             y: targets, ``(n,)``, or ``(*batch, n)``.
             noise: noise variance of each target, a scalar or broadcastable to ``y``. Replaces the noise of a
-                ``GaussianLikelihood``; a ``FixedNoiseGaussianLikelihood`` needs it.
+                ``GaussianLikelihood``; a ``FixedNoiseGaussianLikelihood`` needs it; others have none.
             missing: what a NaN in ``y`` means: ``"error"`` or ``"skip"``.
+            steps: at most so many natural-gradient steps; ``None`` goes on until convergence and warns where it is
+                not reached. Of no effect for Gaussian likelihoods. :attr:`convergence` tells how it went.
+            step_size: the longest of these steps, in (0, 1]; ``None`` means 1 for log-concave likelihoods and 0.5
+                otherwise. Steps that lower the bound are halved in any case.
 
         Returns:
             The model itself.
 
         Raises:
             TypeError: something is not a floating-point tensor.
-            ValueError: shapes, devices or values do not fit, or times pass a horizon declared ``"fixed"``.
+            ValueError: shapes, devices or values do not fit, counts or labels are none, or times pass a horizon
+                declared ``"fixed"``.
         """
+        _check_steps(steps, step_size)
         strategy = self.variational_strategy
         # A state made in inference mode could never take part in a graph again.
         with torch.inference_mode(False), torch.no_grad():
             state = strategy.current_state()
-            data = check_observations(state, self.likelihood, x, y, noise, missing)
+            data = self._check(state, x, y, noise, missing)
             data.check_fits(state.r.shape[:-1])
             if data.empty:
                 return self
-            features, basis, warned_at = self._features_for(data)
-            if basis is not None:
-                state = strategy.carried_to(basis)
-            self._replace(features, self._absorb(state, data), warned_at)
+            before = [(p, p.detach().clone()) for p in self._learnable()]
+            try:
+                features, basis, warned_at = self._prepare(data)
+                # Hyperparameters may just have moved.
+                state = strategy.current_state() if basis is None else strategy.carried_to(basis)
+                state, convergence = self._absorb(state, data, steps, step_size)
+            except Exception:
+                for parameter, value in before:
+                    parameter.copy_(value)
+                raise
+            if convergence is not None and steps is None and not convergence.all_converged:
+                warnings.warn(
+                    f"y: the update has not converged after {convergence.steps} steps; the marginals of f still move "
+                    f"by {convergence.movement.max().item():.1e} a step.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+            self._replace(features, state, warned_at, convergence)
         return self
+
+    def _learnable(self) -> list[torch.nn.Parameter]:
+        if self.learn == "never":
+            return []
+        modules = (self.covar_module, self.mean_module, self.likelihood)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def _check(self, state: OnlineState, x: Tensor, y: Tensor, noise: Tensor | None, missing: str) -> Observations:
+        return check_observations(state, self.features.num_dims, self.likelihood, x, y, noise, missing)
 
     def rebase(self, features: InducingFeatures) -> StreamingGP:
         """Carry the belief over to other features of the same f, in place.
@@ -195,6 +249,11 @@ class StreamingGP(ApproximateGP):
         """
         if not isinstance(features, InducingFeatures):
             raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
+        if (features.embedding is None) != (self.features.embedding is None):
+            raise ValueError(
+                "features: random features carry no path along which others could be read, and the reverse; got "
+                f"{type(features).__name__} for {type(self.features).__name__}."
+            )
         with torch.inference_mode(False), torch.no_grad():
             features = copy.deepcopy(features).to(self.state.G.device)
             strategy = self.variational_strategy
@@ -202,57 +261,96 @@ class StreamingGP(ApproximateGP):
         return self
 
     def condition_on_observations(
-        self, x: Tensor, y: Tensor, noise: Tensor | None = None, missing: str = "error", extend_horizon: bool = False
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None = None,
+        missing: str = "error",
+        extend_horizon: bool = False,
+        steps: int | None = None,
+        step_size: float | None = None,
     ) -> StreamingGP:
         """A new model of the same type that has also seen (x, y); this one is untouched.
 
-        Differentiable in ``x`` and ``y``. Batches of targets give a batch of models (fantasies) that share what they
-        can: with ``x`` of shape ``(*b, n, d)`` and ``y`` of shape ``(*f, *b, n)`` the information matrix has batch
-        shape b and only the shift has ``(*f, *b)``.
+        Differentiable in ``x`` and ``y`` with a Gaussian likelihood; otherwise in ``x``, the sites held. Batches of
+        targets give a batch of models (fantasies) that share what they can: with ``x`` of shape ``(*b, n, d)`` and
+        ``y`` of shape ``(*f, *b, n)`` the information matrix of a Gaussian update has batch shape b and only the shift
+        has ``(*f, *b)``.
 
         Args:
             x: inputs ``(n,)`` or ``(*b, n, d)``.
             y: targets ``(*f, *b, n)``.
             noise: as in :meth:`update`.
             missing: as in :meth:`update`.
-            extend_horizon: stretch the basis where ``x`` passes it, as an update would; fantasies usually should not.
+            extend_horizon: move the features where ``x`` passes them, as an update would; fantasies usually should not.
+            steps: as in :meth:`update`.
+            step_size: as in :meth:`update`.
 
         Returns:
-            The new model, with copies of all hyperparameters.
+            The new model, with copies of all hyperparameters. Nothing is learnt.
 
         Raises:
             TypeError: as :meth:`update`.
             ValueError: as :meth:`update`, or shapes that do not broadcast.
         """
+        _check_steps(steps, step_size)
         strategy = self.variational_strategy
         state = strategy.current_state()
-        data = check_observations(state, self.likelihood, x, y, noise, missing)
+        data = self._check(state, x, y, noise, missing)
         features, basis, warned_at = self.features, None, None
         if extend_horizon and not data.empty:
             features, basis, warned_at = self._features_for(data)
         if basis is not None:
             state = strategy.carried_to(basis)
+        convergence = self.convergence
+        if not data.empty:
+            state, convergence = self._absorb(state, data, steps, step_size)
         # The copy shares this model's state tensors (values are never changed in place), so a graph in them survives.
         new = copy.deepcopy(self, {id(tensor): tensor for _, tensor in self.state.items()})
-        new._replace(copy.deepcopy(features), state if data.empty else self._absorb(state, data), warned_at)
+        new._replace(copy.deepcopy(features), state, warned_at, convergence)
         return new
 
     def get_fantasy_model(self, inputs: Tensor, targets: Tensor, **kwargs: Any) -> StreamingGP:
         """GPyTorch's name for :meth:`condition_on_observations`."""
         return self.condition_on_observations(inputs, targets, **kwargs)
 
-    def fit_hyperparameters(self, x: Tensor, y: Tensor, **kwargs: Any) -> float:
-        """Learn kernel, mean and noise on a warm-up window by exact marginal likelihood; then they stay.
+    def fit_hyperparameters(self, x: Tensor, y: Tensor, noise: Tensor | None = None, **kwargs: Any) -> float:
+        """Learn kernel, mean and likelihood on a warm-up window.
+
+        With a Gaussian likelihood by exact marginal likelihood, see :func:`gpseq.models.fit_hyperparameters`. With any
+        other by the bound of the sparse model that this stream begins as; a fit from the values that the modules have.
+        What the stream knows stays as it is.
 
         Args:
             x: inputs of the window, ``(n,)`` or ``(n, d)``; a few thousand at most.
             y: targets, ``(n,)``.
-            kwargs: see :func:`gpseq.models.fit_hyperparameters`.
+            noise: as in :meth:`update`.
+            kwargs: of :func:`gpseq.models.fit_hyperparameters`; of another likelihood ``steps`` and ``rate``.
 
         Returns:
-            The log marginal likelihood reached, in nats.
+            The log marginal likelihood reached, or by how much the bound rose, in nats.
         """
-        return fit_hyperparameters(x, y, self.covar_module, self.likelihood, self.mean_module, **kwargs)
+        if is_gaussian(self.likelihood):
+            return fit_hyperparameters(
+                x, y, self.covar_module, self.likelihood, self.mean_module, noise=noise, **kwargs
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            data = self._check(self.state, x, y, noise, "error")
+            return self._warm_up_by_bound(data, **kwargs)
+
+    def _warm_up_by_bound(
+        self, data: Observations, steps: int = learning.WARMUP_STEPS, rate: float = learning.WARMUP_RATE
+    ) -> float:
+        features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+        start = self.variational_strategy.basis_of(features)  # nothing seen yet
+        return self._learn(data, start, features, steps, rate)
+
+    def _learn(
+        self, data: Observations, state: OnlineState, features: InducingFeatures, steps: int, rate: float
+    ) -> float:
+        jitter = self.variational_strategy.jitter_val
+        modules = (self.covar_module, self.mean_module, self.likelihood)
+        return learning.learn_from(data, state, features, *modules, jitter, steps, rate)
 
     @property
     @torch.no_grad()
@@ -276,11 +374,12 @@ class StreamingGP(ApproximateGP):
         """
         strategy = self.variational_strategy
         if x is not None:
-            x = check_inputs(x, self.state.nodes.shape[-1])
+            x = check_inputs(x, self.features.num_dims)
             return online.residual_variance(strategy.current_state(), strategy.prior, x)
-        if not isinstance(self.features, HippoFeatures):
+        probes = self.features.probes()
+        if probes is None:
             raise ValueError(f"x: {type(self.features).__name__} have no horizon to average over; give inputs.")
-        return online.residual_variance(strategy.current_state(), strategy.prior, self.features.probes()).mean(-1)
+        return online.residual_variance(strategy.current_state(), strategy.prior, probes).mean(-1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -296,23 +395,40 @@ class StreamingGP(ApproximateGP):
             raise ValueError(
                 f"features: only HippoFeatures have a polynomial picture, not {type(self.features).__name__}."
             )
-        x = check_inputs(x, self.state.nodes.shape[-1])
+        x = check_inputs(x, self.features.num_dims)
         state = self.variational_strategy.current_state()
         coefficients = (state.factor @ online.posterior(state)[0].unsqueeze(-1)).squeeze(-1)
         return self.features.reconstruct(coefficients, x) + self.variational_strategy.prior.mean_at(x)
 
-    def _absorb(self, state: OnlineState, data: Observations) -> OnlineState:
-        state = online.update(state, self.variational_strategy.prior, data.x, data.y, data.noise, data.observed)
+    def _absorb(
+        self, state: OnlineState, data: Observations, steps: int | None, step_size: float | None
+    ) -> tuple[OnlineState, Convergence | None]:
+        prior, convergence = self.variational_strategy.prior, None
+        if data.noise is not None:
+            state = online.update(state, prior, data.x, data.y, data.noise, data.observed)
+        else:
+            longest = step_size or longest_step(self.likelihood)
+            expectation = expectation_of(self.likelihood, data, frozen=True)
+            state, convergence = sites.update(
+                state, prior, data.x, expectation, data.count, steps, min(0.5, longest), longest
+            )
         if not (state.c.abs() < LARGEST_LOG_SCALE).all():
             raise ValueError("y: the targets are too large, or the noise too small, for float64.")
-        return state
+        return state, convergence
 
-    def _replace(self, features: InducingFeatures, state: OnlineState, warned_at: float | None = None) -> None:
+    def _replace(
+        self,
+        features: InducingFeatures,
+        state: OnlineState,
+        warned_at: float | None = None,
+        convergence: Convergence | None = None,
+    ) -> None:
         """The one place where the stream moves on."""
         strategy = self.variational_strategy
         if features is not strategy.features:
             strategy.features = features
         strategy.state = state
+        self.convergence = convergence
         if warned_at is not None:
             self._capacity_warned_at = warned_at
 
@@ -323,58 +439,45 @@ class StreamingGP(ApproximateGP):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what :meth:`get_extra_state` wrote."""
         self._capacity_warned_at = float(state)
+        self._begun = False
+
+    def _prepare(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
+        """As :meth:`_features_for`, after whatever learning this chunk calls for."""
+        if self.learn == "never":
+            return self._features_for(data)
+        if not self._has_begun():
+            self._warm_up(data)
+        elif self.learn == "basis_change":
+            features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+            if features is not self.features:
+                state = self.variational_strategy.current_state()
+                self._learn(data, state, features, learning.STEPS, learning.RATE)
+        return self._features_for(data)
+
+    def _warm_up(self, data: Observations) -> None:
+        if not is_gaussian(self.likelihood):
+            self._warm_up_by_bound(data)
+            return
+        noise = None if data.given_noise is None or data.noise is None else data.of_inputs(data.noise)
+        modules = (self.covar_module, self.likelihood, self.mean_module)
+        fit_hyperparameters(data.inputs, data.of_inputs(data.y), *modules, noise=noise)
+
+    def _has_begun(self) -> bool:
+        """Whether anything has been learnt; asked of the device until it has."""
+        if not self._begun:
+            self._begun = bool(self.state.count.any())
+        return self._begun
 
     def _features_for(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
-        """Features on a horizon that covers ``data``, their basis if they are new, and when a warning was given."""
-        features = self.features
-        if not isinstance(features, HippoFeatures):
+        """Features that cover ``data``, their basis if they are new, and when a warning was given."""
+        features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+        if features is self.features and (self._has_begun() or features.interval is None):
             return features, None, None
-        first, last = data.span(features.time_dim)
-        if first < features.start:
-            warnings.warn(
-                f"x: times from {first:g} lie before the start of the memory, {features.start:g}; they are used, but "
-                "the features do not cover them.",
-                stacklevel=3,
-            )
-        if last <= features.horizon:
-            return features, None, None
-        if self.horizon_growth == "fixed":
-            raise ValueError(f"x: times up to {last:g} pass the horizon, which is fixed at {features.horizon:g}.")
-        features = features.with_horizon(_grown(features, last, self.horizon_growth))
-        return self._with_capacity(features)
-
-    def _with_capacity(self, features: HippoFeatures) -> tuple[HippoFeatures, OnlineState, float | None]:
-        """Raise the order where that is allowed; warn, once a doubling, where the memory is too small."""
-        basis, residual = self._basis_and_residual(features)
-        if self.max_features is not None and residual > self.tolerance and features.num_features < self.max_features:
-            needed = min(self._required(features, self.max_features), self.max_features)
-            features = features.with_order(int(max(needed, features.num_features)))  # never lowered
-            basis, residual = self._basis_and_residual(features)
-        length = features.horizon - features.start
-        if residual <= CAPACITY_WARNING or length < 2 * self._capacity_warned_at:
-            return features, basis, None
-        needed = self._required(features, MOST_ADVISED)
-        named = f"{needed} features" if needed < math.inf else f"More than {MOST_ADVISED} features"
-        warnings.warn(
-            f"{features.num_features} features leave {residual:.1%} of the prior variance on the horizon "
-            f"[{features.start:g}, {features.horizon:g}]: all of the past is remembered worse. {named} would keep it "
-            f"under {self.tolerance:.1%}.",
-            CapacityWarning,
-            stacklevel=4,  # the caller of update
-        )
-        return features, basis, length
-
-    def _basis_and_residual(self, features: HippoFeatures) -> tuple[OnlineState, float]:
-        """The basis of features, and the largest mean residual prior variance in its batch."""
+        if features.interval is None:
+            return features, self.variational_strategy.basis_of(features), None
+        # Judged at every change, and before the first data, because hyperparameters may be set until then.
         strategy = self.variational_strategy
-        basis = strategy.basis_of(features)
-        return basis, online.residual_variance(basis, strategy.prior, features.probes()).mean(-1).max().item()
-
-    def _required(self, features: HippoFeatures, most: int) -> float:
-        try:
-            return features.required_order(self.covar_module, self.tolerance, max_features=most)
-        except CapacityError:
-            return math.inf
+        return capacity.judge(strategy, features, self.max_features, self.tolerance, self._capacity_warned_at)
 
 
 def _check_growth(growth: float | str | None) -> float | str | None:
@@ -385,11 +488,8 @@ def _check_growth(growth: float | str | None) -> float | str | None:
     return float(growth)
 
 
-def _grown(features: HippoFeatures, last: float, growth: float | str | None) -> float:
-    """The first horizon of the geometric sequence that reaches ``last``, or ``last`` itself."""
-    if not isinstance(growth, float):
-        return last
-    length = features.horizon - features.start
-    # A time within rounding of a member of the sequence counts as that member.
-    steps = math.ceil(math.log((last - features.start) / length) / math.log(growth) - 1e-11)
-    return max(features.start + length * growth**steps, last)
+def _check_steps(steps: int | None, step_size: float | None) -> None:
+    if steps is not None:
+        check_count("steps", steps)
+    if step_size is not None and not check_number("step_size", step_size, 0.0, "a number in (0, 1]") <= 1:
+        raise ValueError(f"step_size: expected a number in (0, 1], got {step_size!r}.")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
-from typing import cast
 
 import gpytorch
 import torch
-from gpytorch.constraints import GreaterThan, Interval
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, Likelihood
 from gpytorch.means import Mean, ZeroMean
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from gpseq.checks import check_count, check_floating
 from gpseq.features.base import as_inputs
+from gpseq.models.scales import Scale, chain_gradients, scales_of
 
 #: Standard deviation of the random starts in the logarithm of a scale: a factor of ten each way is common.
 _START_SPREAD = 2.0
@@ -93,7 +91,7 @@ def fit_hyperparameters(
     # A copy is fitted, so that a failure leaves the caller's modules, dtypes and gradients alone.
     fitted = copy.deepcopy(originals).double()
     window = _Window(x, y, fitted[2], fitted[1], fitted[0]).train()
-    scales = _scales(fitted)
+    scales = scales_of(fitted)
     first = [scale.read() for scale in scales]
     best, best_value = first, -math.inf
     for start in range(num_starts):
@@ -106,50 +104,13 @@ def fit_hyperparameters(
             best_value, best = reached, where
     if best_value == -math.inf:
         raise RuntimeError(f"The marginal likelihood was not finite from any of {num_starts} starts.")
-    for scale, value in zip(_scales(originals), best, strict=True):
+    for scale, value in zip(scales_of(originals), best, strict=True):
         scale.write(value)
     return best_value
 
 
-class _Scale:
-    """A parameter by its logarithm, measured from its lower bound, so that its unit does not matter to a search.
-
-    Parameters without a lower bound are taken as they are.
-    """
-
-    def __init__(self, parameter: torch.nn.Parameter, constraint: Interval | None) -> None:
-        self.parameter = parameter
-        self.constraint = constraint if isinstance(constraint, GreaterThan) else None
-
-    def read(self) -> Tensor:
-        value = self.parameter.detach().double()
-        if self.constraint is None:
-            return value.clone()
-        above = self.constraint.transform(value) - self.constraint.lower_bound.double()
-        return above.clamp_min(torch.finfo(torch.float64).tiny).log()
-
-    def raw(self, theta: Tensor) -> Tensor:
-        """GPyTorch's unconstrained value."""
-        if self.constraint is None:
-            return theta.clone()
-        return self.constraint.inverse_transform(self.constraint.lower_bound.double() + theta.exp())
-
-    @torch.no_grad()
-    def write(self, theta: Tensor) -> None:
-        self.parameter.copy_(self.raw(theta))
-
-
-def _scales(modules: torch.nn.ModuleList) -> list[_Scale]:
-    return [
-        _Scale(parameter, constraint)
-        for module in cast(Iterable[gpytorch.Module], modules)
-        for _, parameter, constraint in module.named_parameters_and_constraints()
-        if parameter.requires_grad
-    ]
-
-
 def _maximise(
-    window: _Window, scales: list[_Scale], theta: list[Tensor], max_iterations: int
+    window: _Window, scales: list[Scale], theta: list[Tensor], max_iterations: int
 ) -> tuple[float, list[Tensor]]:
     """L-BFGS from ``theta``: the best value met on the way, minus infinity if none was finite, and where."""
     x, y = window.train_inputs[0], window.train_targets
@@ -168,9 +129,7 @@ def _maximise(
             best_value, best = value.item(), [t.detach().clone() for t in theta]
         if value.requires_grad:
             (-value).backward()
-        for t, r, scale in zip(theta, raw, scales, strict=True):
-            gradient = scale.parameter.grad
-            t.grad = None if gradient is None else torch.autograd.grad(r, t, gradient)[0]
+        chain_gradients(scales, theta, raw)
         return -value.detach()
 
     # Above max_cholesky_size GPyTorch would answer with a stochastic estimate, which a line search cannot use.

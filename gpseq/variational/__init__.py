@@ -1,9 +1,22 @@
 """Variational strategies: what is believed about u, and what follows for f."""
 
-from gpseq.variational import online
+from gpseq.variational import online, sites
+from gpseq.variational.belief import Belief
 from gpseq.variational.interdomain import InterdomainVariationalStrategy
+from gpseq.variational.multitask import IndependentMultitaskVariationalStrategy, LMCVariationalStrategy
 from gpseq.variational.online import OnlineState
-from gpseq.variational.prior import Prior
+from gpseq.variational.prior import ModelPrior, Prior
 from gpseq.variational.streaming import StreamingVariationalStrategy
 
-__all__ = ["InterdomainVariationalStrategy", "OnlineState", "Prior", "StreamingVariationalStrategy", "online"]
+__all__ = [
+    "Belief",
+    "IndependentMultitaskVariationalStrategy",
+    "InterdomainVariationalStrategy",
+    "LMCVariationalStrategy",
+    "ModelPrior",
+    "OnlineState",
+    "Prior",
+    "StreamingVariationalStrategy",
+    "online",
+    "sites",
+]

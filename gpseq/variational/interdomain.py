@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import fields, replace
 from typing import Any
 
 import gpytorch
@@ -16,16 +18,22 @@ from linear_operator.operators import (
     DiagLinearOperator,
     LinearOperator,
     MatmulLinearOperator,
+    RootLinearOperator,
     SumLinearOperator,
+    TriangularLinearOperator,
 )
 from torch import Tensor
 
 from gpseq.checks import check_floating, check_inputs, check_jitter
 from gpseq.features.base import InducingFeatures, as_inputs, project
-from gpseq.linalg import cholesky, gaussian_kl
+from gpseq.linalg import cholesky, gaussian_kl, moments_to_natural
 from gpseq.precision import in_float64
+from gpseq.variational import online, sites
+from gpseq.variational.belief import Belief
 from gpseq.variational.cast import CastLinearOperator
 from gpseq.variational.lazy import promote
+from gpseq.variational.online import OnlineState
+from gpseq.variational.prior import ModelPrior
 
 
 class InterdomainVariationalStrategy(_VariationalStrategy):
@@ -77,6 +85,7 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
 
     # Set by object.__setattr__, so that the owner does not become a submodule.
     model: Any
+    past: Belief | None
 
     def __init__(
         self,
@@ -104,6 +113,8 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         self._jitter_val = jitter
         self._variational_distribution = variational_distribution
         self.register_buffer("variational_params_initialized", torch.tensor(0))
+        # What earlier chunks taught, once there is such a thing: see `advance`.
+        self.register_module("past", None)
         # The buffer is what state_dict carries; reading it costs a device sync, so a Python flag stands beside it.
         self._initialized = False
 
@@ -132,15 +143,82 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             return self._variational_distribution()
 
     def kl_divergence(self) -> Tensor:
-        """KL divergence from q(v) to its prior, ``(*batch)``, in nats, by dense factors at every size.
+        r"""KL divergence from q(v) to its prior, ``(*batch)``, in nats, by dense factors at every size.
 
-        GPyTorch's own switches to stochastic estimates above 800 inducing variables.
+        GPyTorch's own switches to stochastic estimates above 800 inducing variables. After :meth:`advance` the old
+        posterior stands in as a likelihood of the old features a, and the old prior is taken out,
+
+        .. math::
+            \mathrm{KL}[q(b) \,\|\, p(b)] + \mathrm{KL}[\tilde q(a) \,\|\, q_{old}(a)]
+            - \mathrm{KL}[\tilde q(a) \,\|\, p_{old}(a)], \qquad \tilde q(a) = \int p(a \mid b)\, q(b)\, db ,
+
+        which can be negative. ``VariationalELBO`` with the size of the chunk as ``num_data`` is then the online bound
+        of the chunk, for any likelihood.
         """
         self._initialize()
         q = self.variational_distribution
         if isinstance(q, Delta):
             return -torch.distributions.Normal(0.0, 1.0).log_prob(q.mean).sum(-1)
-        return gaussian_kl(q.mean.double(), _scale_tril(q)).to(q.mean.dtype)
+        mean, scale_tril = q.mean.double(), _scale_tril(q)
+        if self.past is None:
+            return gaussian_kl(mean, scale_tril).to(q.mean.dtype)
+        prior = ModelPrior(self.model, embedding=self.features.embedding)
+        basis = online.initial_state(self.features, prior, self._jitter_val)
+        past = online.transfer(self.past.state, basis, prior)
+        return -sites.past_bound(past, mean, scale_tril).to(q.mean.dtype)
+
+    @torch.no_grad()
+    def advance(self, features: InducingFeatures | None = None) -> None:
+        """Close a chunk: what q(v) says now becomes the past, and the data behind it are not needed any more.
+
+        From then on :meth:`kl_divergence` carries the past, under whatever hyperparameters the model moves to, and q
+        goes on from there: on other features it starts as the marginal of the old posterior on them. Features that
+        move with the data (``with_horizon``, ``following``) are handed in here; their number cannot change, because
+        optimisers hold on to the parameters of q.
+
+        Args:
+            features: what u is for the next chunk; ``None`` keeps the present ones.
+
+        Raises:
+            TypeError: ``features`` is something else, or q is a point mass, which leaves nothing to remember.
+            ValueError: another number of features.
+
+        Source:
+            Bui, Nguyen and Turner (2017), Streaming sparse Gaussian process approximations.
+        """
+        if features is not None and not isinstance(features, InducingFeatures):
+            raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
+        if features is not None and features.num_features != self.features.num_features:
+            raise ValueError(
+                f"features: expected {self.features.num_features}, as before, got {features.num_features}; StreamingGP "
+                "can change their number."
+            )
+        self._initialize()
+        q = self.variational_distribution
+        if not isinstance(q, MultivariateNormal):
+            raise TypeError(f"variational distribution: expected a Gaussian, got {type(q).__name__}.")
+        prior = ModelPrior(self.model, embedding=self.features.embedding)
+        basis = online.initial_state(self.features, prior, self._jitter_val)
+        r, precision = moments_to_natural(q.mean.double(), _scale_tril(q))
+        G = precision - torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+        state = replace(basis, G=G, r=r, c=torch.zeros_like(r[..., 0]))
+        # The bound of a chunk begins at zero.
+        state = replace(state, c=-online.log_evidence(state)).detach()
+        if features is not None:
+            features = copy.deepcopy(features).to(precision.device)
+            moved = online.transfer(state, online.initial_state(features, prior, self._jitter_val), prior, "adf")
+            self._set_q(*online.posterior(moved))
+            self.features = features
+        self.past = Belief(state)
+
+    def _set_q(self, mean: Tensor, scale_tril: Tensor) -> None:
+        q = self._variational_distribution
+        root = TriangularLinearOperator(scale_tril.to(q.dtype))
+        noise, q.mean_init_std = q.mean_init_std, 0.0
+        try:
+            q.initialize_variational_distribution(MultivariateNormal(mean.to(q.dtype), CholLinearOperator(root)))
+        finally:
+            q.mean_init_std = noise
 
     def __call__(self, x: Tensor, prior: bool = False, diag: bool = True, **kwargs: Any) -> MultivariateNormal:
         """Marginal of f at ``x`` under q (or under the prior).
@@ -156,7 +234,7 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         """
         if prior:
             return self.model.forward(as_inputs(check_floating("x", x)), **kwargs)
-        x = check_inputs(x, self.inducing_points.shape[-1])
+        x = check_inputs(x, self.features.num_dims)
         diagonal = diag and self.training
         mean, covariance, A, q = self._conditional(x, diagonal, **kwargs)
         if not isinstance(q, (MultivariateNormal, Delta)):
@@ -199,6 +277,14 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             kzz, kzf = to_dense(joint[..., :num_nodes, :]).tensor_split((num_nodes,), dim=-1)
             return prior.mean[..., num_nodes:], kzz, kzf, kff
 
+        embedding = self.features.embedding
+        if embedding is not None:
+            mean = in_float64(lambda a: self.model.forward(a, **kwargs).mean, (self.model,), x.double())
+            features = embedding(x)
+            kff = features.square().sum(-1) if diagonal else RootLinearOperator(features)
+            factor, _ = cholesky(to_dense(weights @ weights.mT), self._jitter_val)
+            A = torch.linalg.solve_triangular(factor, weights @ features.mT, upper=False)
+            return mean.double(), kff, A, self.variational_distribution
         mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
         kuu = project(weights, kzz.double(), weights)
         factor, _ = cholesky(0.5 * (kuu + kuu.mT), self._jitter_val)
@@ -213,8 +299,15 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             self.variational_params_initialized.fill_(1)
         self._initialized = True
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if not any(key.startswith(f"{prefix}past.") for key in state_dict):
+            self.past = None
+        elif self.past is None:
+            # What is loaded brings its own shapes; any state will do.
+            blank = torch.zeros(1, dtype=torch.float64, device=self.variational_params_initialized.device)
+            self.past = Belief(OnlineState(*(blank.clone() for _ in fields(OnlineState))))
+            self.past.count = blank.long()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._initialized = False
 
 

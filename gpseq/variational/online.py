@@ -23,7 +23,7 @@ import torch
 from linear_operator import to_dense
 from torch import Tensor
 
-from gpseq.features.base import InducingFeatures, as_inputs, project
+from gpseq.features.base import InducingFeatures, as_inputs
 from gpseq.linalg import cholesky, natural_to_moments
 from gpseq.variational.prior import Prior
 
@@ -97,7 +97,7 @@ def initial_state(features: InducingFeatures, prior: Prior, jitter: float | None
         (2, True)
     """
     nodes, weights = features.nodes(), features.weights()
-    covariance = project(weights, prior.covariance(nodes, nodes), weights)
+    covariance = prior.between(weights, nodes, weights, nodes)
     factor, epsilon = cholesky(0.5 * (covariance + covariance.mT), jitter)
     whitened_weights = torch.linalg.solve_triangular(factor, to_dense(weights), upper=False)
     whitened_mean = _apply(whitened_weights, prior.mean_at(nodes))
@@ -209,7 +209,7 @@ def transfer(state: OnlineState, basis: OnlineState, prior: Prior, method: str =
     """
     if method not in TRANSFERS:
         raise ValueError(f"method: expected one of {TRANSFERS}, got {method!r}.")
-    B = basis.whitened_weights @ prior.covariance(basis.nodes, state.nodes) @ state.whitened_weights.mT
+    B = prior.between(basis.whitened_weights, basis.nodes, state.whitened_weights, state.nodes)
     C = None
     if not torch.equal(state.hyperparameters, basis.hyperparameters):
         C = _old_basis_covariance(state, prior)
@@ -230,7 +230,8 @@ def _old_basis_covariance(state: OnlineState, prior: Prior) -> Tensor:
     V = state.whitened_weights
     eye = torch.eye(state.num_features, dtype=V.dtype, device=V.device)
     inverse = torch.linalg.solve_triangular(state.factor, eye, upper=False)
-    C = V @ prior.covariance(state.nodes, state.nodes) @ V.mT + state.jitter[..., None, None] * (inverse @ inverse.mT)
+    covariance = prior.between(V, state.nodes, V, state.nodes)
+    C = covariance + state.jitter[..., None, None] * (inverse @ inverse.mT)
     return 0.5 * (C + C.mT)
 
 

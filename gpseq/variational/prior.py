@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
+from linear_operator import to_dense
 from torch import Tensor
 
-from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal, unchecked
+from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal, project, unchecked
 from gpseq.precision import floating_tensors, in_float64
 
 
@@ -21,6 +23,8 @@ class Prior:
         kernel: any GPyTorch kernel.
         mean: any GPyTorch mean; ``None`` is the zero function.
         frozen: keep gradients away from the hyperparameters; they still reach the inputs.
+        embedding: replaces the kernel where f is a linear model in given features of its inputs, see
+            ``InducingFeatures.embedding``.
 
     Example:
         >>> import gpytorch
@@ -32,9 +36,12 @@ class Prior:
     kernel: Kernel
     mean: Mean | None = None
     frozen: bool = False
+    embedding: Callable[[Tensor], Tensor] | None = None
 
     def at(self, nodes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``k(nodes, x)``, the diagonal of ``k(x, x)`` and the mean at ``x``; what an update needs, promoted once."""
+        if self.embedding is not None:
+            return self.covariance(nodes, x), self.variance(x), self.mean_at(x)
 
         def blocks(z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mean = x.new_zeros(x.shape[:-1]) if self.mean is None else self.mean(x)
@@ -44,18 +51,28 @@ class Prior:
         covariance, variance, mean = in_float64(blocks, modules, *align(nodes, as_inputs(x)), frozen=self.frozen)
         return covariance.double(), variance.double(), mean.double()
 
-    def covariance(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Dense ``k(x1, x2)``, ``(*batch, n, m)``, from inputs ``(*batch, n, d)`` and ``(*batch, m, d)``."""
-        return evaluate(self.kernel, as_inputs(x1), as_inputs(x2), frozen=self.frozen)
+    def covariance(self, nodes: Tensor, x: Tensor) -> Tensor:
+        """Dense ``k(nodes, x)``, ``(*batch, n, m)``, from inputs ``(*batch, n, d)`` and ``(*batch, m, d)``."""
+        if self.embedding is not None:
+            return self.embedding(as_inputs(x)).mT
+        return evaluate(self.kernel, as_inputs(nodes), as_inputs(x), frozen=self.frozen)
+
+    def between(self, left: Tensor, nodes: Tensor, right: Tensor, other: Tensor) -> Tensor:
+        """Covariance of two sets of functionals, ``left k(nodes, other) right'``, ``(*batch, M, M')``."""
+        if self.embedding is not None:  # the nodes are the independent weights of a linear model
+            return left @ right.mT
+        return project(left, self.covariance(nodes, other), right)
 
     def variance(self, x: Tensor) -> Tensor:
         """Diagonal of ``k(x, x)``, ``(*batch, n)``."""
+        if self.embedding is not None:
+            return self.embedding(as_inputs(x)).square().sum(-1)
         return evaluate_diagonal(self.kernel, as_inputs(x), frozen=self.frozen)
 
     def mean_at(self, x: Tensor) -> Tensor:
-        """Mean function at ``x``, ``(*batch, n)``."""
+        """Mean function at ``x``, ``(*batch, n)``; zero for nodes that are weights of a linear model."""
         x = as_inputs(x).double()
-        if self.mean is None:
+        if self.mean is None or x.shape[-1] == 0:
             return x.new_zeros(x.shape[:-1])
         return in_float64(self.mean, (self.mean,), x, frozen=self.frozen).double()
 
@@ -69,3 +86,33 @@ class Prior:
         modules = (self.kernel,) if self.mean is None else (self.kernel, self.mean)
         values = [tensor.reshape(-1).double() for module in modules for tensor in floating_tensors(module)]
         return torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class ModelPrior(Prior):
+    """The prior of a GPyTorch model with any ``forward``: deep kernels, custom forwards, any mean.
+
+    Attributes:
+        kernel: the model; asked as ``model.forward(x)``.
+    """
+
+    def covariance(self, nodes: Tensor, x: Tensor) -> Tensor:
+        """As :meth:`Prior.covariance`."""
+        nodes, x = align(as_inputs(nodes), as_inputs(x))
+        split = nodes.shape[-2]
+
+        def block(inputs: Tensor) -> Tensor:
+            joint = self.kernel.forward(inputs).lazy_covariance_matrix
+            # A rectangular block: a square one might be factored on the way, see `gpseq.features.base.dense`.
+            return to_dense(joint[..., :split, :])[..., split:]
+
+        return in_float64(block, (self.kernel,), torch.cat([nodes, x], dim=-2)).double()
+
+    def mean_at(self, x: Tensor) -> Tensor:
+        """As :meth:`Prior.mean_at`."""
+        x = as_inputs(x).double()
+        return in_float64(lambda inputs: self.kernel.forward(inputs).mean, (self.kernel,), x).double()
+
+    def hyperparameters(self) -> Tensor:
+        """A value that equals nothing, because a forward may depend on anything."""
+        return torch.full((1,), torch.nan, dtype=torch.float64)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import gpytorch
 import torch
 from gpytorch.distributions import MultivariateNormal
-from linear_operator.operators import CholLinearOperator, DiagLinearOperator, LinearOperator, TriangularLinearOperator
+from linear_operator.operators import (
+    CholLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    TriangularLinearOperator,
+)
 from torch import Tensor
 
 from gpseq.features.base import InducingFeatures
 from gpseq.linalg import gaussian_kl
-from gpseq.precision import Float64Buffers
 from gpseq.variational import online
+from gpseq.variational.belief import Belief
 from gpseq.variational.interdomain import InterdomainVariationalStrategy
 from gpseq.variational.lazy import Float64Kernel
 from gpseq.variational.online import OnlineState
 from gpseq.variational.prior import Prior
 
-_FIELDS = tuple(field.name for field in fields(OnlineState))
 
-
-class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffers):
+class StreamingVariationalStrategy(InterdomainVariationalStrategy):
     """Owns the :class:`OnlineState` of a stream and predicts from it.
 
-    The state lives in float64 buffers, is read and replaced as one value, and is the only thing that an update
-    changes. Predictions differentiate through the inputs; the hyperparameters are constants of a prediction. When
-    they have been changed since the last update, the state is carried over to the new values first.
+    The state is read and replaced as one value, and is the only thing that an update changes. Predictions
+    differentiate through the inputs; the hyperparameters are constants of a prediction. When they have been changed
+    since the last update, the state is carried over to the new values first.
 
     Args:
         model: a GP with ``covar_module`` and ``mean_module``.
@@ -49,25 +53,26 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
         self.features = features
         self._jitter_val = jitter
         self.transfer = transfer
-        for name, tensor in online.initial_state(features, self.prior, jitter).detach().items():
-            self.register_buffer(f"state_{name}", tensor)
+        self.belief = Belief(online.initial_state(features, self.prior, jitter))
         self._modules_of_basis = self._prior_modules()
 
     @property
     def prior(self) -> Prior:
         """The model's kernel and mean, constants as far as gradients are concerned."""
-        return Prior(self.model.covar_module, self.model.mean_module, frozen=True)
+        return self.prior_of(self.features)
+
+    def prior_of(self, features: InducingFeatures, frozen: bool = True) -> Prior:
+        """The model's kernel and mean as these features see them."""
+        return Prior(self.model.covar_module, self.model.mean_module, frozen, features.embedding)
 
     @property
     def state(self) -> OnlineState:
         """What the stream knows, as one frozen value."""
-        buffers: dict[str, Any] = self._buffers  # by name, because attributes of modules are slow
-        return OnlineState(*(buffers[f"state_{name}"] for name in _FIELDS))
+        return self.belief.state
 
     @state.setter
     def state(self, state: OnlineState) -> None:
-        for name, tensor in state.items():
-            self._buffers[f"state_{name}"] = tensor
+        self.belief.state = state
         self._modules_of_basis = self._prior_modules()
 
     def _prior_modules(self) -> tuple[torch.nn.Module, ...]:
@@ -82,11 +87,16 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
         state = self.state
         if not self._modules_replaced() and torch.equal(self.prior.hyperparameters(), state.hyperparameters):
             return state
+        if self.features.embedding is not None:
+            raise ValueError(
+                "covar_module: the hyperparameters have changed, but random features are frozen at those that they "
+                "were drawn with; the path that they have summarised cannot be seen through another kernel."
+            )
         return self.carried_to(self.basis_of(self.features))
 
     def basis_of(self, features: InducingFeatures) -> OnlineState:
         """A state that has seen nothing, on the basis of other features under the current hyperparameters."""
-        return online.initial_state(features, self.prior, self._jitter_val)
+        return online.initial_state(features, self.prior_of(features), self._jitter_val)
 
     def carried_to(self, basis: OnlineState) -> OnlineState:
         """The belief on another basis, see :meth:`basis_of`; nothing is replaced."""
@@ -120,20 +130,14 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy, Float64Buffer
     ) -> tuple[Tensor, Tensor | LinearOperator, Tensor, MultivariateNormal]:
         prior, state = self.prior, self.current_state()
         A = online.whiten(state, prior, x)
-        kff = Float64Kernel(prior.kernel, frozen=True)(x.double())
+        if prior.embedding is None:
+            kff = Float64Kernel(prior.kernel, frozen=True)(x.double())
+        else:
+            kff = RootLinearOperator(prior.embedding(x))
         return prior.mean_at(x), kff, A, _distribution(state)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Loading copies into buffers, but a state is a value that others may hold: give it new ones. Their shapes are
-        # those of what was saved, because the number of features may have grown since this model was built.
-        for name in _FIELDS:
-            saved, buffer = state_dict.get(f"{prefix}state_{name}"), getattr(self, f"state_{name}")
-            self._buffers[f"state_{name}"] = (
-                torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
-                if isinstance(saved, Tensor)
-                else buffer.clone()
-            )
-        gpytorch.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        gpytorch.Module._load_from_state_dict(self, *args, **kwargs)
         self._modules_of_basis = self._prior_modules()
 
 

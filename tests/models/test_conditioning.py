@@ -28,6 +28,9 @@ from tests.oracles_streaming import (
     variance_of,
 )
 
+# Small memories on purpose; tests/models/test_horizon.py is about capacity.
+pytestmark = pytest.mark.filterwarnings("ignore::gpseq.models.CapacityWarning")
+
 AT = torch.linspace(0.0, 11.0, 9, dtype=F64)
 
 

@@ -264,6 +264,7 @@ def test_the_order_is_never_lowered() -> None:
 # What the memory says of itself
 
 
+@pytest.mark.filterwarnings("ignore::gpseq.models.CapacityWarning")
 @pytest.mark.parametrize("nu", [None, 1.5])
 def test_residual_variance(nu: float | None, dtype: torch.dtype) -> None:
     model = stream(9, 10.0, lengthscale=0.7, outputscale=3.0, nu=nu, dtype=dtype)
@@ -306,6 +307,7 @@ def test_reconstruction_is_the_posterior_mean_above_capacity() -> None:
     assert_close(model.reconstruct(at.unsqueeze(-1)), model.reconstruct(at), 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::gpseq.models.CapacityWarning")
 def test_reconstruction_below_capacity_is_the_projection() -> None:
     """Exactly sum_m E[u_m] g_m(x), with E[u] from the oracle."""
     model = stream(7, 10.0, jitter=0.0)

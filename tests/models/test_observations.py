@@ -25,16 +25,16 @@ INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 #: One model a kind, taught a little; tests work on copies.
 MODELS: dict[str, StreamingGP] = {
     "plain": stream(12, horizon_growth="fixed").update(*draw(5)),
-    "batch": stream(6, lengthscale=torch.ones(3), batch_shape=(3,), horizon_growth="fixed").update(*draw(5)),
+    "batch": stream(13, lengthscale=torch.ones(3), batch_shape=(3,), horizon_growth="fixed").update(*draw(5)),
     "fixed noise": StreamingGP(
-        HippoFeatures(6, 10.0),
+        HippoFeatures(13, 10.0),
         gpytorch_kernel(),
         FixedNoiseGaussianLikelihood(torch.full((2,), 0.1)),
         horizon_growth="fixed",
     ).eval().update(*draw(5), noise=0.2),
     "points": stream(InducingPoints(AT)).update(*draw(5)),
     "two columns": StreamingGP(
-        HippoFeatures(6, 10.0, other_inputs=torch.zeros(1)),
+        HippoFeatures(13, 10.0, other_inputs=torch.zeros(1)),
         gpytorch_kernel(),
         gpytorch.likelihoods.GaussianLikelihood(),
         horizon_growth="fixed",
@@ -309,7 +309,7 @@ def test_a_likelihood_of_another_batch_shape_does_not_change_the_model() -> None
     """Three noise levels for one stream: refused where it is said, not found out by the shape of G."""
     likelihood = gpytorch.likelihoods.GaussianLikelihood(batch_shape=torch.Size([3])).double()
     with pytest.raises(ValueError, match=r"^(likelihood|noise): "):
-        StreamingGP(HippoFeatures(6, 10.0), gpytorch_kernel(), likelihood).update(*draw(5))
+        StreamingGP(HippoFeatures(13, 10.0), gpytorch_kernel(), likelihood).update(*draw(5))
 
 
 @pytest.mark.parametrize("name", ["fixed noise", "points", "two columns"])
@@ -460,9 +460,18 @@ def constructed(**changes: Any) -> StreamingGP:
         ("mean_module", [0.0, NotAModule(), gpytorch.kernels.RBFKernel()], TypeError, "expected Mean"),
         (
             "likelihood",
-            [None, 0.1, gpytorch.likelihoods.BernoulliLikelihood(), gpytorch.likelihoods.StudentTLikelihood()],
+            [None, 0.1, NotAModule(), gpytorch.kernels.RBFKernel()],
             TypeError,
-            "expected GaussianLikelihood or FixedNoiseGaussianLikelihood",
+            "expected Likelihood",
+        ),
+        (
+            "likelihood",
+            [
+                gpytorch.likelihoods.MultitaskGaussianLikelihood(num_tasks=2),
+                gpytorch.likelihoods.SoftmaxLikelihood(num_classes=3, mixing_weights=False),
+            ],
+            TypeError,
+            "expected one of one output",
         ),
         (
             "horizon_growth",
@@ -471,7 +480,12 @@ def constructed(**changes: Any) -> StreamingGP:
             "expected a factor above 1",
         ),
         ("transfer", ["ep", None, 1, ""], ValueError, r"expected one of \('vfe', 'adf'\)"),
-        ("learn", ["always", "warmup", None, True], ValueError, "expected 'never'"),
+        (
+            "learn",
+            ["always", "Warmup", None, True],
+            ValueError,
+            r"expected one of \('never', 'warmup', 'basis_change'\)",
+        ),
         ("max_features", [7, 0, -3], ValueError, "expected at least 8"),
         ("tolerance", [0.0, -1e-3, math.nan], ValueError, "expected a positive fraction"),
         ("jitter", [-1e-6, 1.0, 2, math.nan, math.inf], ValueError, r"expected a relative number in \[0, 1\)"),

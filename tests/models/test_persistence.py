@@ -180,10 +180,10 @@ def test_a_foreign_state_dict_is_refused(broken: str) -> None:
     model = stream(12)
     saved = model.state_dict()
     if broken == "missing":
-        del saved["variational_strategy.state_G"]
+        del saved["variational_strategy.belief.G"]
     else:
-        saved["variational_strategy.state_X"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r"state_G|state_X"):
+        saved["variational_strategy.belief.X"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"belief\.G|belief\.X"):
         model.load_state_dict(saved)
 
 

@@ -14,6 +14,9 @@ from gpseq.models import fit_hyperparameters
 from tests import oracles_streaming as oracle
 from tests.oracles_streaming import F64, assert_identical, draw, gpytorch_kernel, snapshot, stream
 
+# Small memories on purpose; tests/models/test_horizon.py is about capacity.
+pytestmark = pytest.mark.filterwarnings("ignore::gpseq.models.CapacityWarning")
+
 
 def simulate(n: int = 150, seed: int = 0, level: float = 0.0) -> tuple[Tensor, Tensor]:
     """A draw from RBF, lengthscale 0.7, outputscale 2, noise 0.05, on [0, 12]."""

@@ -1,0 +1,127 @@
+"""Several frozen streams side by side, each believed as far as its evidence goes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+from gpseq.checks import check_number
+from gpseq.models.streaming_gp import StreamingGP
+
+
+class StreamingEnsemble(nn.Module):
+    r"""Streams with different frozen hyperparameters, weighted by their evidence.
+
+    The safer way to let a lengthscale move: nothing is ever learnt by gradients, each member is a plain
+    :class:`StreamingGP`, and after every chunk the weights follow the evidence increments,
+
+    .. math::
+        w_e \propto w_e^{\,\delta} \exp\bigl(\mathcal L_e^{new} - \mathcal L_e^{old}\bigr).
+
+    With the discount :math:`\delta = 1` these are the posterior probabilities of the members, to the accuracy of their
+    bounds; below one the past of the weights fades, so that another member can take over when the series changes.
+    All members see the same chunks and must have the same basis schedule, because evidence compares at nothing else.
+
+    Args:
+        models: the members: same features and ``horizon_growth``, no batch shape, ``learn="never"``, and no
+            ``max_features``, which would let their orders differ.
+        discount: :math:`\delta`, in (0, 1].
+
+    Raises:
+        TypeError: a member is something else.
+        ValueError: fewer than two members, members whose evidence does not compare, or a discount out of range.
+
+    Source:
+        Raftery, Karny and Ettler (2010), Online prediction under model uncertainty via dynamic model averaging, for
+        the discount.
+
+    Example:
+        >>> import gpseq, gpytorch
+        >>> def member(lengthscale):
+        ...     kernel = gpytorch.kernels.RBFKernel()
+        ...     kernel.lengthscale = lengthscale
+        ...     likelihood = gpytorch.likelihoods.GaussianLikelihood()
+        ...     return StreamingGP(gpseq.features.HippoFeatures(40, horizon=6.0), kernel, likelihood)
+        >>> ensemble = StreamingEnsemble([member(0.3), member(1.5)])
+        >>> x = torch.linspace(0.0, 6.0, 60)
+        >>> ensemble = ensemble.update(x, x.sin())
+        >>> bool(ensemble.weights[1] > 0.9), ensemble.predict(torch.tensor([3.0])).mean.shape
+        (True, torch.Size([1]))
+    """
+
+    log_weights: Tensor
+
+    def __init__(self, models: Sequence[StreamingGP], discount: float = 1.0) -> None:
+        super().__init__()
+        models = list(models)
+        for model in models:
+            if not isinstance(model, StreamingGP):
+                raise TypeError(f"models: expected StreamingGP, got {type(model).__name__}.")
+        if len(models) < 2:
+            raise ValueError(f"models: expected at least two, got {len(models)}.")
+        schedules = {(repr(m.features), str(m.horizon_growth)) for m in models}
+        if len(schedules) > 1:
+            raise ValueError(
+                f"models: expected the same features and horizon_growth in all, got {len(schedules)} different "
+                "schedules; their evidence would not compare."
+            )
+        if any(m.learn != "never" or m.max_features is not None or m.state.r.dim() > 1 for m in models):
+            raise ValueError("models: expected learn='never', max_features=None and no batch shape in all.")
+        number = check_number("discount", discount, 0.0, "a number in (0, 1]")
+        if number > 1:
+            raise ValueError(f"discount: expected a number in (0, 1], got {discount!r}.")
+        self.models = nn.ModuleList(models)
+        self.discount = number
+        self.register_buffer("log_weights", torch.zeros(len(models), dtype=torch.float64))
+        self.log_weights = self.log_weights.to(models[0].state.r.device) - torch.tensor(len(models)).log()
+
+    @property
+    def members(self) -> list[StreamingGP]:
+        """The streams."""
+        return [cast(StreamingGP, model) for model in self.models]
+
+    @property
+    def weights(self) -> Tensor:
+        """Probabilities of the members, ``(E,)``, float64."""
+        return self.log_weights.softmax(0)
+
+    def update(self, x: Tensor, y: Tensor, **kwargs: Any) -> StreamingEnsemble:
+        """Absorb a chunk in every member and move the weights, in place; if one member fails, nothing has changed.
+
+        Args:
+            x: as in :meth:`StreamingGP.update`.
+            y: likewise.
+            kwargs: likewise.
+
+        Returns:
+            The ensemble itself.
+        """
+        before = torch.stack([model.log_evidence for model in self.members])
+        updated = [copy.deepcopy(model).update(x, y, **kwargs) for model in self.members]
+        gain = torch.stack([model.log_evidence for model in updated]) - before
+        self.models = nn.ModuleList(updated)
+        self.log_weights = (self.discount * self.log_weights + gain).log_softmax(0)
+        return self
+
+    def predict(self, x: Tensor, noise: Tensor | None = None) -> MixtureSameFamily:
+        """Marginal predictions of new observations, with Gaussian likelihoods.
+
+        Args:
+            x: inputs, ``(n,)`` or ``(n, d)``.
+            noise: noise variances, for likelihoods without noise of their own.
+
+        Returns:
+            A mixture of normals over ``(n,)`` values: its ``mean``, ``variance`` and ``log_prob`` are those of the
+            ensemble.
+        """
+        kwargs = {} if noise is None else {"noise": noise}
+        members = [model.eval().likelihood.eval()(model(x), **kwargs) for model in self.members]
+        mean = torch.stack([member.mean for member in members], dim=-1)
+        std = torch.stack([member.variance for member in members], dim=-1).sqrt()
+        mixing = Categorical(logits=self.log_weights.to(mean.dtype).expand(mean.shape))
+        return MixtureSameFamily(mixing, Normal(mean, std))
