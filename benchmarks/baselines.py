@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from typing import Any
 
 import gpytorch
 import torch
@@ -14,10 +16,19 @@ from gpytorch.variational import NaturalVariationalDistribution, VariationalStra
 from torch import Tensor
 
 from examples.stream.methods import Exact, OnlineVariationalConditioning, Stream
-from gpseq.features import InducingPoints
+from gpseq.features import InducingFeatures, InducingPoints
 from gpseq.models import StreamingGP
+from gpseq.variational import Prior, online
 
-__all__ = ["Exact", "OnlineVariationalConditioning", "RefitSVGP", "Stream", "StreamingPoints"]
+__all__ = [
+    "Exact",
+    "OnlineVariationalConditioning",
+    "OptimisedPoints",
+    "RefitSVGP",
+    "Stream",
+    "Streamed",
+    "StreamingPoints",
+]
 
 
 class StreamingPoints(Stream):
@@ -39,6 +50,71 @@ class StreamingPoints(Stream):
         else:
             self.model = self.make(grid)
         self.model.update(x, y)
+
+
+class Streamed(Stream):
+    """A stream over any features that follow the data by themselves."""
+
+    def __init__(
+        self, features: InducingFeatures, kernel: Kernel, likelihood: GaussianLikelihood, **kwargs: Any
+    ) -> None:
+        self.model = StreamingGP(features, kernel, likelihood, **kwargs).eval()
+        self.warnings: list[str] = []
+
+
+class OptimisedPoints(Stream):
+    """Inducing points learnt by gradient at each chunk (streaming sparse GP of Bui et al., 2017), kernel frozen.
+
+    They start as a random choice of old points and new inputs, in proportion to the data behind them, and climb the
+    online bound by Adam.
+    """
+
+    def __init__(
+        self, num_points: int, kernel: Kernel, likelihood: GaussianLikelihood, steps: int = 300, seed: int = 0
+    ) -> None:
+        self.num_points, self.kernel, self.likelihood, self.steps = num_points, kernel, likelihood, steps
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen = 0
+        self.warnings: list[str] = []
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Place the points for the chunk, carry the belief over, learn it."""
+        new = min(len(x), max(1, round(self.num_points * len(x) / (self.seen + len(x)))))
+        points = x[torch.randperm(len(x), generator=self.generator)[:new]].double()
+        if self.seen:
+            old = self.model.features.nodes().squeeze(-1)
+            kept = old[torch.randperm(len(old), generator=self.generator)[: self.num_points - new]]
+            points = torch.cat([kept, points])
+        self.seen += len(x)
+        if not hasattr(self, "model"):
+            self.model = StreamingGP(InducingPoints(points), self.kernel, self.likelihood).eval()
+        self.model.rebase(InducingPoints(self._climb(points, x, y))).update(x, y)
+
+    def _climb(self, points: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        prior = Prior(self.kernel, frozen=True)
+        state, noise = self.model.state, self.likelihood.noise.detach()
+        # In units of the typical distance between points, whatever the unit of time.
+        unit = (torch.cat([points, x]).max() - torch.cat([points, x]).min()) / self.num_points
+        theta = (points / unit).requires_grad_()
+        optimiser = torch.optim.Adam([theta], lr=0.02)
+        best, best_value = points, -math.inf
+        for _ in range(self.steps):
+            basis = online.initial_state(_At(theta * unit), prior)
+            value = online.log_evidence(online.update(online.transfer(state, basis, prior), prior, x, y, noise))
+            if value.item() > best_value:
+                best, best_value = (theta * unit).detach().clone(), value.item()
+            optimiser.zero_grad()
+            (-value).backward()
+            optimiser.step()
+        return best
+
+
+class _At(InducingPoints):
+    """Inducing points that keep the graph of their positions."""
+
+    def __init__(self, points: Tensor) -> None:
+        super().__init__(points)
+        self.points = points.unsqueeze(-1)
 
 
 class RefitSVGP:

@@ -39,6 +39,11 @@ def split(x: Tensor, y: Tensor, num_chunks: int, held_out: float, seed: int) -> 
     return [Chunk(x[p][~out[p]], y[p][~out[p]], x[p][out[p]], y[p][out[p]]) for p in parts]
 
 
+def join(chunks: list[Chunk]) -> Chunk:
+    """Several chunks as one."""
+    return Chunk(*(torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("x", "y", "x_test", "y_test")))
+
+
 def learn(base: Kernel, chunk: Chunk, seed: int, num_starts: int) -> tuple[Kernel, GaussianLikelihood]:
     """Kernel and noise by maximum likelihood on one chunk, from several lengthscales and random starts around each."""
     span = (chunk.x.max() - chunk.x.min()).item()

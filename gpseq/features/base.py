@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import gpytorch
 import torch
@@ -99,6 +98,19 @@ def project(
     return left if other is None else (other @ left.mT).mT
 
 
+class Embedding(Protocol):
+    """Features of inputs in which f is linear, see ``InducingFeatures.embedding``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(*batch, n, d)`` to ``(*batch, n, F)``, float64."""
+
+    def same_as(self, other: Any) -> bool:
+        """Whether both are the same features of the same function."""
+
+    def belongs_to(self, kernel: Kernel) -> bool:
+        """Whether they stand for this kernel, with the values that it has."""
+
+
 class InducingFeatures(Float64Buffers):
     r"""Inducing variables :math:`u = W f(z)`: a linear functional of f, by quadrature nodes z and weights W.
 
@@ -131,7 +143,7 @@ class InducingFeatures(Float64Buffers):
         return self.nodes().shape[-1]
 
     @property
-    def embedding(self) -> Callable[[Tensor], Tensor] | None:
+    def embedding(self) -> Embedding | None:
         r"""``None`` where f is seen through its kernel, as by all features but random ones.
 
         Otherwise a map :math:`\psi` from inputs ``(*batch, n, d)`` to ``(*batch, n, F)``, float64. Then f minus its
@@ -185,6 +197,24 @@ class InducingFeatures(Float64Buffers):
             ``(*batch, M, M')``, float64.
         """
         return project(self.weights(), evaluate(kernel, self.nodes(), other.nodes()), other.weights())
+
+    def check_embedding(self, other: InducingFeatures) -> None:
+        """Check that others see f as these do, so that a belief can pass from one to the other.
+
+        Raises:
+            ValueError: one of the two sees it through random features, or both through different ones.
+        """
+        mine, theirs = self.embedding, other.embedding
+        if mine is not theirs and not (mine is not None and theirs is not None and mine.same_as(theirs)):
+            raise ValueError(
+                f"features: {type(other).__name__} and {type(self).__name__} see f through different random features, "
+                "or only one of them does; no belief can pass between them."
+            )
+
+    @property
+    def forgets(self) -> bool:
+        """Whether these features give up detail by design as they follow a stream; decides how beliefs are carried."""
+        return False
 
     def following(self, x: Tensor, kernel: Kernel, growth: float | str | None = 1.25) -> InducingFeatures:
         """Features for a stream that has come to ``x``.

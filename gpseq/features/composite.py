@@ -89,6 +89,11 @@ class CompositeFeatures(InducingFeatures):
         probes = [part.probes(max(num_probes // len(widest), 1)) for part in widest]
         return torch.cat([probe for probe in probes if probe is not None])
 
+    @property
+    def forgets(self) -> bool:
+        """Whether any part does."""
+        return any(part.forgets for part in self.parts)
+
     def with_horizon(self, horizon: float) -> CompositeFeatures:
         """A copy whose memories of time end at ``horizon``; other parts stay as they are."""
         return CompositeFeatures(
@@ -115,7 +120,8 @@ class PyramidFeatures(CompositeFeatures):
     back the memory is coarse, near it is sharp, and it ages gracefully as the windows grow with the past. The
     resolution at age a is about that of a memory of :math:`M / L` features on the last :math:`\rho a`.
 
-    It ends at the last time seen, so a stream moves it at every update, whatever its ``horizon_growth``.
+    It ends at the last time seen, so a stream moves it at every update, whatever its ``horizon_growth``. Detail is
+    given up at each of these moves.
 
     Args:
         num_features: M, shared out over the levels as evenly as possible.
@@ -158,6 +164,14 @@ class PyramidFeatures(CompositeFeatures):
             parts.append(HippoFeatures(shares[level], horizon, start, "legt", window, **rest))
         super().__init__(parts)
         self.ratio = number
+
+    def get_extra_state(self) -> Tensor:
+        """The ratio; the windows are those of the parts."""
+        return torch.tensor(self.ratio, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` wrote."""
+        self.ratio = float(state)
 
     @property
     def interval(self) -> None:

@@ -210,6 +210,11 @@ class HippoFeatures(InducingFeatures):
         return torch.cat([before.expand(len(times), -1), rows, after.expand(len(times), -1)], dim=-1)
 
     @property
+    def forgets(self) -> bool:
+        """Whether the measure is a moving window, which leaves the past behind."""
+        return self.window is not None
+
+    @property
     def interval(self) -> tuple[float, float]:
         """First and last time covered: all of the past, or the last window; three time constants for ``"lagt"``."""
         if self.window is None:

@@ -49,6 +49,7 @@ class RandomFeatures(Float64Buffers):
 
     frequencies: Tensor
     variance: Tensor
+    lengthscale: Tensor
 
     def __init__(
         self,
@@ -80,6 +81,19 @@ class RandomFeatures(Float64Buffers):
         frequencies[:, columns.to(device)] = normal.to(device) / lengthscale
         self.register_buffer("frequencies", frequencies)
         self.register_buffer("variance", variance)
+        self.register_buffer("lengthscale", lengthscale)
+
+    def belongs_to(self, kernel: Kernel) -> bool:
+        """Whether a kernel has the values that these features were drawn with."""
+        try:
+            base, scales = _unwrapped(kernel)
+        except TypeError:
+            return False
+        lengthscale, variance = in_float64(lambda: _values(base, scales), (kernel,))
+        return lengthscale.shape == self.lengthscale.shape and all(
+            torch.allclose(now, then, rtol=1e-6, atol=0.0)
+            for now, then in ((lengthscale, self.lengthscale), (variance, self.variance))
+        )
 
     @property
     def num_dims(self) -> int:
@@ -120,6 +134,9 @@ class RandomFeatures(Float64Buffers):
         saved = state_dict.get(f"{prefix}frequencies")
         if isinstance(saved, Tensor):
             self.frequencies = self.frequencies.new_empty(saved.shape)
+        saved = state_dict.get(f"{prefix}lengthscale")
+        if isinstance(saved, Tensor):
+            self.lengthscale = self.lengthscale.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -24,7 +24,7 @@ class SelectedPoints(InducingPoints):
     of the targets, and once M points do not resolve the past, its oldest details are the price.
 
     Args:
-        num_points: M, reached as soon as there have been so many distinct inputs.
+        num_points: M, reached as soon as there have been so many inputs that differ for the kernel.
         num_dims: d.
         points: where to begin, ``(m, d)``, at most M; by default one point at zero, which the first update replaces.
         tolerance: no more points are chosen when the conditional variances of all candidates together are below this
@@ -58,8 +58,17 @@ class SelectedPoints(InducingPoints):
         self.num_points = num_points
         self.tolerance = check_number("tolerance", tolerance, above=0.0, expected="a positive fraction")
 
+    @property
+    def forgets(self) -> bool:
+        """True: a point that is not chosen again takes with it what was known there."""
+        return True
+
     def following(self, x: Tensor, kernel: Kernel, growth: float | str | None = 1.25) -> SelectedPoints:
         """M points chosen from the present ones and ``x``."""
+        if kernel.batch_shape:
+            raise ValueError(
+                f"kernel: points are selected by one kernel, got one of batch shape {tuple(kernel.batch_shape)}."
+            )
         if x.shape[0] == 0:
             return self
         x = x.to(self.points)

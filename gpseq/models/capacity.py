@@ -69,8 +69,7 @@ def _residual(strategy: StreamingVariationalStrategy, features: InducingFeatures
     """The basis of features, and the largest mean residual prior variance in its batch."""
     basis, probes = strategy.basis_of(features), features.probes()
     assert probes is not None
-    residual = online.residual_variance(basis, strategy.prior_of(features), probes)
-    return basis, residual.mean(-1).max().item()
+    return basis, online.mean_residual_variance(basis, strategy.prior_of(features), probes).max().item()
 
 
 def _required(features: HippoFeatures, kernel: Kernel, tolerance: float, most: int) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from gpseq.checks import check_number
+from gpseq.models.observations import is_gaussian
 from gpseq.models.streaming_gp import StreamingGP
+from gpseq.precision import Float64Buffers
 
 
-class StreamingEnsemble(nn.Module):
+class StreamingEnsemble(Float64Buffers):
     r"""Streams with different frozen hyperparameters, weighted by their evidence.
 
     The safer way to let a lengthscale move: nothing is ever learnt by gradients, each member is a plain
@@ -64,12 +65,9 @@ class StreamingEnsemble(nn.Module):
                 raise TypeError(f"models: expected StreamingGP, got {type(model).__name__}.")
         if len(models) < 2:
             raise ValueError(f"models: expected at least two, got {len(models)}.")
-        schedules = {(repr(m.features), str(m.horizon_growth)) for m in models}
-        if len(schedules) > 1:
-            raise ValueError(
-                f"models: expected the same features and horizon_growth in all, got {len(schedules)} different "
-                "schedules; their evidence would not compare."
-            )
+        for model in models[1:]:
+            if (reason := _difference(models[0], model)) is not None:
+                raise ValueError(f"models: expected the same {reason} in all; their evidence would not compare.")
         if any(m.learn != "never" or m.max_features is not None or m.state.r.dim() > 1 for m in models):
             raise ValueError("models: expected learn='never', max_features=None and no batch shape in all.")
         number = check_number("discount", discount, 0.0, "a number in (0, 1]")
@@ -101,10 +99,16 @@ class StreamingEnsemble(nn.Module):
         Returns:
             The ensemble itself.
         """
+        snapshots = [model._snapshot() for model in self.members]
         before = torch.stack([model.log_evidence for model in self.members])
-        updated = [copy.deepcopy(model).update(x, y, **kwargs) for model in self.members]
-        gain = torch.stack([model.log_evidence for model in updated]) - before
-        self.models = nn.ModuleList(updated)
+        try:
+            for model in self.members:
+                model.update(x, y, **kwargs)
+        except BaseException:
+            for model, snapshot in zip(self.members, snapshots, strict=True):
+                model._restore(snapshot)
+            raise
+        gain = torch.stack([model.log_evidence for model in self.members]) - before
         self.log_weights = (self.discount * self.log_weights + gain).log_softmax(0)
         return self
 
@@ -118,10 +122,34 @@ class StreamingEnsemble(nn.Module):
         Returns:
             A mixture of normals over ``(n,)`` values: its ``mean``, ``variance`` and ``log_prob`` are those of the
             ensemble.
+
+        Raises:
+            TypeError: the likelihood of a member is not Gaussian.
         """
+        for model in self.members:
+            if not is_gaussian(model.likelihood):
+                got = type(model.likelihood).__name__
+                raise TypeError(f"models: only Gaussian likelihoods predict normals, got {got}.")
         kwargs = {} if noise is None else {"noise": noise}
-        members = [model.eval().likelihood.eval()(model(x), **kwargs) for model in self.members]
+        members = [model.likelihood(model(x), **kwargs) for model in self.members]
         mean = torch.stack([member.mean for member in members], dim=-1)
         std = torch.stack([member.variance for member in members], dim=-1).sqrt()
         mixing = Categorical(logits=self.log_weights.to(mean.dtype).expand(mean.shape))
         return MixtureSameFamily(mixing, Normal(mean, std))
+
+
+def _difference(first: StreamingGP, other: StreamingGP) -> str | None:
+    """What of the schedules of two streams differs, if anything does."""
+    a, b = first.state, other.state
+    if type(first.features) is not type(other.features) or a.nodes.shape != b.nodes.shape:
+        return "features"
+    saved = zip(first.features.state_dict().values(), other.features.state_dict().values(), strict=True)
+    if not torch.equal(a.nodes, b.nodes) or not all(torch.equal(one, two) for one, two in saved):
+        return "features"
+    if first.horizon_growth != other.horizon_growth:
+        return "horizon_growth"
+    if first.variational_strategy.transfer != other.variational_strategy.transfer:
+        return "transfer"
+    if not torch.equal(a.count, b.count):
+        return "number of observations"
+    return None

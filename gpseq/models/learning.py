@@ -28,6 +28,9 @@ STEPS, RATE = 20, 0.01
 #: Steps and rate in a warm-up by the bound, which ends early when it stops rising.
 WARMUP_STEPS, WARMUP_RATE = 400, 0.05
 
+#: Steps of the sites for each step of the hyperparameters.
+SITE_STEPS = 5
+
 #: A search ends when so many steps have not raised the best value by this many nats.
 PATIENCE, LEAST_GAIN = 40, 1e-3
 
@@ -47,8 +50,9 @@ def learn_from(
 
     The objective is the collapsed bound of past and chunk on the new basis, with the information of the past
     :math:`(G, r, c)` and the factor of its basis held constant: everything else, :math:`K_{aa}, K_{ab}, K_{bb}`
-    included, depends on the hyperparameters. Adam on their logarithms. The best values met on the way are kept, and
-    the first ones if nothing better or nothing finite was met.
+    included, depends on the hyperparameters. Adam on their logarithms (a constant mean, which has none, in units of
+    the prior's standard deviation). The best values met on the way are kept, and the first ones if nothing better or
+    nothing finite was met.
 
     Args:
         data: the chunk.
@@ -83,7 +87,8 @@ def learn_from(
         return value
 
     with torch.enable_grad():
-        gain, best = _ascend(objective, fitted, steps, rate)
+        unit = prior.variance(data.x).mean().sqrt().item()
+        gain, best = _ascend(objective, fitted, steps, rate, unit)
     for scale, value in zip(scales_of(originals), best, strict=True):
         scale.write(value)
     return gain
@@ -105,7 +110,9 @@ def _collapsed_bound(prior: Prior, likelihood: Likelihood, data: Observations) -
 
     def by_sites(past: OnlineState) -> Tensor:
         nonlocal found
-        found, _ = sites.find(past, prior, data.x, expectation, None, longest, longest, found)
+        # Later a few steps will do: any q gives a bound, and the search comes by again.
+        steps = None if found is None else SITE_STEPS
+        found, _ = sites.find(past, prior, data.x, expectation, steps, longest, longest, found)
         q = sites.posterior(past, prior, data.x, found)
         # At its maximum over q the bound has the same derivatives with q held.
         return sites.bound(past, prior, data.x, expectation, *q)
@@ -114,16 +121,20 @@ def _collapsed_bound(prior: Prior, likelihood: Likelihood, data: Observations) -
 
 
 def _ascend(
-    objective: Callable[[], Tensor], modules: torch.nn.ModuleList, steps: int, rate: float
+    objective: Callable[[], Tensor], modules: torch.nn.ModuleList, steps: int, rate: float, unit: float
 ) -> tuple[float, list[Tensor]]:
-    """Adam; the rise of the best value over the first one, and the logarithms where it was."""
+    """Adam; the rise of the best value over the first one, and the logarithms where it was.
+
+    Parameters that are not positive, such as a constant mean, move in units of ``unit``.
+    """
     scales = scales_of(modules)
     theta = [scale.read().requires_grad_() for scale in scales]
+    units = [1.0 if scale.is_logarithmic else unit for scale in scales]
     first, best_value = math.nan, -math.inf
     best = [t.detach().clone() for t in theta]
     if not theta:
         return 0.0, best
-    optimiser = torch.optim.Adam(theta, lr=rate)
+    optimiser = torch.optim.Adam([{"params": [t], "lr": rate * size} for t, size in zip(theta, units, strict=True)])
     since = 0
     for step in range(steps + 1):
         raw = [scale.raw(t) for scale, t in zip(scales, theta, strict=True)]

@@ -9,6 +9,7 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import (
     BernoulliLikelihood,
     BetaLikelihood,
+    DirichletClassificationLikelihood,
     FixedNoiseGaussianLikelihood,
     GaussianLikelihood,
     HadamardGaussianLikelihood,
@@ -29,7 +30,13 @@ from gpseq.variational import OnlineState
 from gpseq.variational.sites import Expectation
 
 _GAUSSIAN = (GaussianLikelihood, FixedNoiseGaussianLikelihood)
-_SEVERAL_OUTPUTS = (HadamardGaussianLikelihood, LikelihoodList, MultitaskGaussianLikelihood, SoftmaxLikelihood)
+_SEVERAL_OUTPUTS = (
+    DirichletClassificationLikelihood,
+    HadamardGaussianLikelihood,
+    LikelihoodList,
+    MultitaskGaussianLikelihood,
+    SoftmaxLikelihood,
+)
 _LOG_CONCAVE = (BernoulliLikelihood, LaplaceLikelihood)
 
 
@@ -43,7 +50,7 @@ def check_likelihood(likelihood: object) -> Likelihood:
         raise TypeError(f"likelihood: expected Likelihood, got {type(likelihood).__name__}.")
     name = type(likelihood).__name__
     if isinstance(likelihood, _SEVERAL_OUTPUTS):
-        raise TypeError(f"likelihood: expected one of one output, got {name}, which is of several.")
+        raise TypeError(f"likelihood: expected one of a single output, got {name}.")
     if not is_gaussian(likelihood) and type(likelihood).expected_log_prob is Likelihood.expected_log_prob:
         raise TypeError(f"likelihood: expected one with expected_log_prob; that of {name} draws samples.")
     return likelihood
@@ -207,10 +214,15 @@ def expectation_of(likelihood: Likelihood, data: Observations, frozen: bool = Fa
     if observed is not None:
         y = torch.where(observed, y, y[observed][0])  # any admissible target will do
 
+    if y.is_inference():
+        with torch.inference_mode(False):  # or it could not take part in a graph
+            y = y.clone()
+
     def expectation(mean: Tensor, variance: Tensor) -> Tensor:
-        f = MultivariateNormal(mean, DiagLinearOperator(variance))
+        # Quadratures of GPyTorch put their nodes in front: all must have the same batch shape.
         shape = torch.broadcast_shapes(mean.shape, y.shape)
-        values = in_float64(lambda: likelihood.expected_log_prob(y, f), (likelihood,), frozen=frozen)
+        f = MultivariateNormal(mean.expand(shape), DiagLinearOperator(variance.expand(shape)))
+        values = in_float64(lambda: likelihood.expected_log_prob(y.expand(shape), f), (likelihood,), frozen=frozen)
         if values.shape != shape:
             raise ValueError(
                 f"likelihood: expected_log_prob of {type(likelihood).__name__} gave shape {tuple(values.shape)} for "

@@ -21,6 +21,11 @@ class Scale:
         self.parameter = parameter
         self.constraint = constraint if isinstance(constraint, GreaterThan) else None
 
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether the parameter is positive, so that it has a logarithm."""
+        return self.constraint is not None
+
     def read(self) -> Tensor:
         """The logarithm of the present value."""
         value = self.parameter.detach().double()

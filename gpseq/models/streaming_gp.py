@@ -15,7 +15,7 @@ from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
-from gpseq.checks import check_count, check_inputs, check_jitter, check_number
+from gpseq.checks import check_count, check_inputs, check_jitter, check_number, stacklevel_outside
 from gpseq.features import HippoFeatures, InducingFeatures
 from gpseq.models import capacity, learning
 from gpseq.models.observations import (
@@ -66,8 +66,10 @@ class StreamingGP(ApproximateGP):
         horizon_growth: when data pass the horizon, its length grows by this factor as often as needed; ``None``
             stretches it to the last time seen; ``"fixed"`` declares an end beyond which an update raises. Features
             without a horizon (``InducingPoints``) stay where they are, see :meth:`rebase`.
-        transfer: ``"vfe"`` keeps old information as a likelihood, ``"adf"`` matches moments; see
-            :func:`gpseq.variational.online.transfer`.
+        transfer: how the belief is carried to another basis: ``"vfe"`` keeps old information as a likelihood,
+            ``"adf"`` matches moments, see :func:`gpseq.variational.online.transfer`. ``None`` means ``"vfe"``, except
+            for features that give up detail by design (windows, pyramids, re-selected points), where it would force
+            what is lost on what remains.
         learn: when hyperparameters are learnt: ``"never"``; ``"warmup"``, on the first chunk, as
             :meth:`fit_hyperparameters` does; ``"basis_change"``, there and then by a few small steps on the online
             bound whenever the basis changes, see :func:`gpseq.models.learning.learn_from`.
@@ -103,7 +105,7 @@ class StreamingGP(ApproximateGP):
         likelihood: Likelihood,
         mean_module: Mean | None = None,
         horizon_growth: float | str | None = 1.25,
-        transfer: str = "vfe",
+        transfer: str | None = None,
         learn: str = "never",
         max_features: int | None = None,
         tolerance: float = 1e-3,
@@ -119,13 +121,18 @@ class StreamingGP(ApproximateGP):
                 kinds = kind if isinstance(kind, tuple) else (kind,)
                 expected = " or ".join(k.__name__ for k in kinds)
                 raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}.")
-        if transfer not in online.TRANSFERS:
-            raise ValueError(f"transfer: expected one of {online.TRANSFERS}, got {transfer!r}.")
+        if transfer is not None and transfer not in online.TRANSFERS:
+            raise ValueError(f"transfer: expected one of {online.TRANSFERS} or None, got {transfer!r}.")
         likelihood = check_likelihood(likelihood)
         if learn not in LEARN:
             raise ValueError(f"learn: expected one of {LEARN}, got {learn!r}.")
-        if learn != "never" and features.embedding is not None:
-            raise ValueError(f"learn: random features are frozen with their kernel; expected 'never', got {learn!r}.")
+        if features.embedding is not None:
+            if learn != "never":
+                raise ValueError(
+                    f"learn: random features are frozen with their kernel; expected 'never', got {learn!r}."
+                )
+            if not features.embedding.belongs_to(covar_module):
+                raise ValueError("covar_module: expected the kernel that the random features were drawn for.")
         tolerance = check_number("tolerance", tolerance, above=0.0, expected="a positive fraction of the variance")
         if max_features is not None:
             if not isinstance(features, HippoFeatures):
@@ -212,20 +219,15 @@ class StreamingGP(ApproximateGP):
             before = [(p, p.detach().clone()) for p in self._learnable()]
             try:
                 features, basis, warned_at = self._prepare(data)
+                if before:  # the noise may have been learnt
+                    data = self._check(state, x, y, noise, missing)
                 # Hyperparameters may just have moved.
                 state = strategy.current_state() if basis is None else strategy.carried_to(basis)
                 state, convergence = self._absorb(state, data, steps, step_size)
-            except Exception:
+            except BaseException:
                 for parameter, value in before:
                     parameter.copy_(value)
                 raise
-            if convergence is not None and steps is None and not convergence.all_converged:
-                warnings.warn(
-                    f"y: the update has not converged after {convergence.steps} steps; the marginals of f still move "
-                    f"by {convergence.movement.max().item():.1e} a step.",
-                    ConvergenceWarning,
-                    stacklevel=2,
-                )
             self._replace(features, state, warned_at, convergence)
         return self
 
@@ -249,11 +251,7 @@ class StreamingGP(ApproximateGP):
         """
         if not isinstance(features, InducingFeatures):
             raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
-        if (features.embedding is None) != (self.features.embedding is None):
-            raise ValueError(
-                "features: random features carry no path along which others could be read, and the reverse; got "
-                f"{type(features).__name__} for {type(self.features).__name__}."
-            )
+        self.features.check_embedding(features)
         with torch.inference_mode(False), torch.no_grad():
             features = copy.deepcopy(features).to(self.state.G.device)
             strategy = self.variational_strategy
@@ -330,6 +328,8 @@ class StreamingGP(ApproximateGP):
         Returns:
             The log marginal likelihood reached, or by how much the bound rose, in nats.
         """
+        if self.features.embedding is not None:
+            raise ValueError("features: random features are frozen with their kernel; fit it before they are drawn.")
         if is_gaussian(self.likelihood):
             return fit_hyperparameters(
                 x, y, self.covar_module, self.likelihood, self.mean_module, noise=noise, **kwargs
@@ -379,7 +379,7 @@ class StreamingGP(ApproximateGP):
         probes = self.features.probes()
         if probes is None:
             raise ValueError(f"x: {type(self.features).__name__} have no horizon to average over; give inputs.")
-        return online.residual_variance(strategy.current_state(), strategy.prior, probes).mean(-1)
+        return online.mean_residual_variance(strategy.current_state(), strategy.prior, probes)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -412,9 +412,16 @@ class StreamingGP(ApproximateGP):
             state, convergence = sites.update(
                 state, prior, data.x, expectation, data.count, steps, min(0.5, longest), longest
             )
+            _report(convergence, asked_for_few=steps is not None)
         if not (state.c.abs() < LARGEST_LOG_SCALE).all():
             raise ValueError("y: the targets are too large, or the noise too small, for float64.")
         return state, convergence
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        return self.features, self.state, self._capacity_warned_at, self.convergence
+
+    def _restore(self, snapshot: tuple[Any, ...]) -> None:
+        self._replace(*snapshot)
 
     def _replace(
         self,
@@ -440,6 +447,7 @@ class StreamingGP(ApproximateGP):
         """Restore what :meth:`get_extra_state` wrote."""
         self._capacity_warned_at = float(state)
         self._begun = False
+        self.convergence = None
 
     def _prepare(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
         """As :meth:`_features_for`, after whatever learning this chunk calls for."""
@@ -447,16 +455,15 @@ class StreamingGP(ApproximateGP):
             return self._features_for(data)
         if not self._has_begun():
             self._warm_up(data)
-        elif self.learn == "basis_change":
-            features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
-            if features is not self.features:
-                state = self.variational_strategy.current_state()
-                self._learn(data, state, features, learning.STEPS, learning.RATE)
-        return self._features_for(data)
+            return self._features_for(data)
+        features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+        if self.learn == "basis_change" and features is not self.features:
+            self._learn(data, self.variational_strategy.current_state(), features, learning.STEPS, learning.RATE)
+        return self._judged(features)
 
     def _warm_up(self, data: Observations) -> None:
-        if not is_gaussian(self.likelihood):
-            self._warm_up_by_bound(data)
+        if not is_gaussian(self.likelihood) or self.covar_module.batch_shape:
+            self._warm_up_by_bound(data)  # the exact fit knows no batches
             return
         noise = None if data.given_noise is None or data.noise is None else data.of_inputs(data.noise)
         modules = (self.covar_module, self.likelihood, self.mean_module)
@@ -470,7 +477,9 @@ class StreamingGP(ApproximateGP):
 
     def _features_for(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
         """Features that cover ``data``, their basis if they are new, and when a warning was given."""
-        features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+        return self._judged(self.features.following(data.inputs, self.covar_module, self.horizon_growth))
+
+    def _judged(self, features: InducingFeatures) -> tuple[InducingFeatures, OnlineState | None, float | None]:
         if features is self.features and (self._has_begun() or features.interval is None):
             return features, None, None
         if features.interval is None:
@@ -486,6 +495,19 @@ def _check_growth(growth: float | str | None) -> float | str | None:
     if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 1 < growth < math.inf:
         raise ValueError(f"horizon_growth: expected a factor above 1, None or 'fixed', got {growth!r}.")
     return float(growth)
+
+
+def _report(convergence: Convergence, asked_for_few: bool) -> None:
+    """Warn of an update that stopped early, unless that was asked for and it has learnt something."""
+    movement = convergence.movement.max().item()
+    if convergence.all_converged or (asked_for_few and math.isfinite(movement)):
+        return
+    what = f"the marginals of f still move by {movement:.1e} a step" if math.isfinite(movement) else "none was accepted"
+    warnings.warn(
+        f"y: the update has not converged after {convergence.steps} steps; {what}.",
+        ConvergenceWarning,
+        stacklevel=stacklevel_outside(),
+    )
 
 
 def _check_steps(steps: int | None, step_size: float | None) -> None:

@@ -167,8 +167,7 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         past = online.transfer(self.past.state, basis, prior)
         return -sites.past_bound(past, mean, scale_tril).to(q.mean.dtype)
 
-    @torch.no_grad()
-    def advance(self, features: InducingFeatures | None = None) -> None:
+    def advance(self, features: InducingFeatures | None = None, transfer: str | None = None) -> None:
         """Close a chunk: what q(v) says now becomes the past, and the data behind it are not needed any more.
 
         From then on :meth:`kl_divergence` carries the past, under whatever hyperparameters the model moves to, and q
@@ -178,45 +177,64 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
 
         Args:
             features: what u is for the next chunk; ``None`` keeps the present ones.
+            transfer: how the past meets other features: ``"vfe"`` keeps it as a likelihood of the old ones, ``"adf"``
+                as one of the new ones by matching moments. ``None`` means ``"vfe"``, or ``"adf"`` for features that
+                forget by design.
 
         Raises:
             TypeError: ``features`` is something else, or q is a point mass, which leaves nothing to remember.
-            ValueError: another number of features.
+            ValueError: features of another number or of other inputs, or an unknown transfer.
 
         Source:
             Bui, Nguyen and Turner (2017), Streaming sparse Gaussian process approximations.
         """
-        if features is not None and not isinstance(features, InducingFeatures):
+        if transfer is not None and transfer not in online.TRANSFERS:
+            raise ValueError(f"transfer: expected one of {online.TRANSFERS} or None, got {transfer!r}.")
+        if features is not None:
+            self._check_next(features)
+        with torch.inference_mode(False), torch.no_grad():
+            self._initialize()
+            q = self.variational_distribution
+            if not isinstance(q, MultivariateNormal):
+                raise TypeError(f"variational distribution: expected a Gaussian, got {type(q).__name__}.")
+            prior = ModelPrior(self.model, embedding=self.features.embedding)
+            basis = online.initial_state(self.features, prior, self._jitter_val)
+            mean, scale_tril = q.mean.double(), _scale_tril(q)
+            past = _past(basis, mean, scale_tril)
+            if features is not None:
+                features = copy.deepcopy(features).to(mean.device)
+                basis = online.initial_state(features, prior, self._jitter_val)
+                B = prior.between(basis.whitened_weights, basis.nodes, past.whitened_weights, past.nodes)
+                mean, scale_tril = online.marginal(mean, scale_tril, B)
+                if (transfer or ("adf" if features.forgets else "vfe")) == "adf":
+                    past = _past(basis, mean, scale_tril)
+                self._set_q(mean, scale_tril)
+                self.features = features
+            self.past = Belief(past)
+
+    def _check_next(self, features: InducingFeatures) -> None:
+        if not isinstance(features, InducingFeatures):
             raise TypeError(f"features: expected InducingFeatures, got {type(features).__name__}.")
-        if features is not None and features.num_features != self.features.num_features:
+        if features.num_features != self.features.num_features:
             raise ValueError(
                 f"features: expected {self.features.num_features}, as before, got {features.num_features}; StreamingGP "
                 "can change their number."
             )
-        self._initialize()
-        q = self.variational_distribution
-        if not isinstance(q, MultivariateNormal):
-            raise TypeError(f"variational distribution: expected a Gaussian, got {type(q).__name__}.")
-        prior = ModelPrior(self.model, embedding=self.features.embedding)
-        basis = online.initial_state(self.features, prior, self._jitter_val)
-        r, precision = moments_to_natural(q.mean.double(), _scale_tril(q))
-        G = precision - torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
-        state = replace(basis, G=G, r=r, c=torch.zeros_like(r[..., 0]))
-        # The bound of a chunk begins at zero.
-        state = replace(state, c=-online.log_evidence(state)).detach()
-        if features is not None:
-            features = copy.deepcopy(features).to(precision.device)
-            moved = online.transfer(state, online.initial_state(features, prior, self._jitter_val), prior, "adf")
-            self._set_q(*online.posterior(moved))
-            self.features = features
-        self.past = Belief(state)
+        if features.num_dims != self.features.num_dims:
+            raise ValueError(f"features: expected {self.features.num_dims} input columns, got {features.num_dims}.")
+        self.features.check_embedding(features)
+        now, then = features.nodes().shape[:-2], self.features.nodes().shape[:-2]
+        if now != then:
+            raise ValueError(f"features: expected nodes of batch shape {tuple(then)}, got {tuple(now)}.")
 
     def _set_q(self, mean: Tensor, scale_tril: Tensor) -> None:
         q = self._variational_distribution
         root = TriangularLinearOperator(scale_tril.to(q.dtype))
         noise, q.mean_init_std = q.mean_init_std, 0.0
         try:
-            q.initialize_variational_distribution(MultivariateNormal(mean.to(q.dtype), CholLinearOperator(root)))
+            # Some distributions start from standard deviations, which GPyTorch would round up.
+            with gpytorch.settings.min_variance(0.0, 0.0, 0.0):
+                q.initialize_variational_distribution(MultivariateNormal(mean.to(q.dtype), CholLinearOperator(root)))
         finally:
             q.mean_init_std = noise
 
@@ -262,8 +280,16 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
     ) -> tuple[Tensor, Tensor | LinearOperator, Tensor, Distribution]:
         """Prior mean, prior covariance (its diagonal, or lazy), whitened features A, and q(v); float64 all but q."""
         self._initialize()
-        nodes = self.features.nodes()
         weights = self.features.weights()
+        embedding = self.features.embedding
+        if embedding is not None:
+            mean = in_float64(lambda a: self.model.forward(a, **kwargs).mean, (self.model,), x.double())
+            features = embedding(x)
+            kff = features.square().sum(-1) if diagonal else RootLinearOperator(features)
+            factor, _ = cholesky(to_dense(weights @ weights.mT), self._jitter_val)
+            A = torch.linalg.solve_triangular(factor, weights @ features.mT, upper=False)
+            return mean.double(), kff, A, self.variational_distribution
+        nodes = self.features.nodes()
         num_nodes = nodes.shape[-2]
         batch = torch.broadcast_shapes(nodes.shape[:-2], x.shape[:-2])
         inputs = torch.cat([nodes.expand(*batch, -1, -1), x.double().expand(*batch, -1, -1)], dim=-2)
@@ -277,14 +303,6 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             kzz, kzf = to_dense(joint[..., :num_nodes, :]).tensor_split((num_nodes,), dim=-1)
             return prior.mean[..., num_nodes:], kzz, kzf, kff
 
-        embedding = self.features.embedding
-        if embedding is not None:
-            mean = in_float64(lambda a: self.model.forward(a, **kwargs).mean, (self.model,), x.double())
-            features = embedding(x)
-            kff = features.square().sum(-1) if diagonal else RootLinearOperator(features)
-            factor, _ = cholesky(to_dense(weights @ weights.mT), self._jitter_val)
-            A = torch.linalg.solve_triangular(factor, weights @ features.mT, upper=False)
-            return mean.double(), kff, A, self.variational_distribution
         mean, kzz, kzf, kff = in_float64(blocks, (self.model,), inputs)
         kuu = project(weights, kzz.double(), weights)
         factor, _ = cholesky(0.5 * (kuu + kuu.mT), self._jitter_val)
@@ -309,6 +327,14 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
             self.past.count = blank.long()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._initialized = False
+
+
+def _past(basis: OnlineState, mean: Tensor, scale_tril: Tensor) -> OnlineState:
+    """q(v) = N(mean, S) on a basis as a factor over the prior, with an evidence of zero: the bound starts anew."""
+    r, precision = moments_to_natural(mean, scale_tril)
+    G = precision - torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    state = replace(basis, G=G, r=r, c=torch.zeros_like(r[..., 0]), nodes=basis.nodes.clone())
+    return replace(state, c=-online.log_evidence(state)).detach()
 
 
 def _scale_tril(q: MultivariateNormal) -> Tensor:

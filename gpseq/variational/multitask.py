@@ -5,6 +5,8 @@ from __future__ import annotations
 import gpytorch
 from torch import Tensor
 
+from gpseq.features.base import InducingFeatures
+
 
 class IndependentMultitaskVariationalStrategy(gpytorch.variational.IndependentMultitaskVariationalStrategy):
     """Independent outputs: one batch dimension of the wrapped strategy becomes the task dimension.
@@ -21,6 +23,10 @@ class IndependentMultitaskVariationalStrategy(gpytorch.variational.IndependentMu
     def kl_divergence(self) -> Tensor:
         """Sum over the tasks of the wrapped strategy's divergence, ``(*batch)``, in nats."""
         return self.base_variational_strategy.kl_divergence().sum(dim=self.task_dim)
+
+    def advance(self, features: InducingFeatures | None = None, transfer: str | None = None) -> None:
+        """As ``InterdomainVariationalStrategy.advance``, for all tasks."""
+        self.base_variational_strategy.advance(features, transfer)
 
 
 class LMCVariationalStrategy(gpytorch.variational.LMCVariationalStrategy):
@@ -40,3 +46,7 @@ class LMCVariationalStrategy(gpytorch.variational.LMCVariationalStrategy):
     def kl_divergence(self) -> Tensor:
         """Sum over the latent GPs of the wrapped strategy's divergence, ``(*batch)``, in nats."""
         return self.base_variational_strategy.kl_divergence().sum(dim=self.latent_dim)
+
+    def advance(self, features: InducingFeatures | None = None, transfer: str | None = None) -> None:
+        """As ``InterdomainVariationalStrategy.advance``, for all latent GPs."""
+        self.base_variational_strategy.advance(features, transfer)

@@ -260,6 +260,25 @@ def _transfer_adf(state: OnlineState, B: Tensor, C: Tensor | None) -> tuple[Tens
     return G, r, log_evidence(state) - 0.5 * values.log().sum(-1) - 0.5 * (m * r).sum(-1)
 
 
+def marginal(mean: Tensor, scale_tril: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    r"""A belief N(m, S) of the old whitened vector, seen on a new basis: :math:`N(B m,\; I - B B^\top + B S B^\top)`.
+
+    Args:
+        mean: m, ``(*batch, M)``.
+        scale_tril: lower factor of S, ``(*batch, M, M)``.
+        B: whitened transfer under unchanged hyperparameters, ``(*batch, M', M)``.
+
+    Returns:
+        Mean ``(*batch, M')`` and lower factor of the covariance ``(*batch, M', M')``.
+    """
+    spread = B @ scale_tril
+    eye = torch.eye(B.shape[-2], dtype=B.dtype, device=B.device)
+    values, vectors = torch.linalg.eigh(eye - B @ B.mT + spread @ spread.mT)
+    root = vectors * values.clamp_min(_SMALLEST_VARIANCE).sqrt().unsqueeze(-2)
+    upper = torch.linalg.qr(root.mT, mode="r").R
+    return _apply(B, mean), (upper * upper.diagonal(dim1=-1, dim2=-2).sign().unsqueeze(-1)).mT
+
+
 def posterior(state: OnlineState) -> tuple[Tensor, Tensor]:
     """Mean ``(*batch, M)`` and lower covariance factor ``(*batch, M, M)`` of the whitened inducing vector, q(v)."""
     eye = torch.eye(state.num_features, dtype=state.G.dtype, device=state.G.device)
@@ -283,6 +302,16 @@ def residual_variance(state: OnlineState, prior: Prior, x: Tensor) -> Tensor:
     """Prior variance at ``x`` that the basis cannot represent, ``(*batch, n)``, as a fraction of the prior variance."""
     variance = prior.variance(as_inputs(x))
     return (1 - whiten(state, prior, x).square().sum(-2) / variance).clamp_min(0.0)
+
+
+def mean_residual_variance(state: OnlineState, prior: Prior, x: Tensor) -> Tensor:
+    """What capacity is judged by: the mean over ``x`` of what the basis cannot represent, ``(*batch)``.
+
+    As a fraction of the mean prior variance, so that times at which the prior is certain do not count.
+    """
+    variance = prior.variance(as_inputs(x)).mean(-1)
+    explained = whiten(state, prior, x).square().sum(-2).mean(-1)
+    return (1 - explained / variance).clamp_min(0.0)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from gpytorch.means import Mean
 from linear_operator import to_dense
 from torch import Tensor
 
-from gpseq.features.base import align, as_inputs, evaluate, evaluate_diagonal, project, unchecked
+from gpseq.features.base import Embedding, align, as_inputs, evaluate, evaluate_diagonal, project, unchecked
 from gpseq.precision import floating_tensors, in_float64
 
 
@@ -36,7 +35,7 @@ class Prior:
     kernel: Kernel
     mean: Mean | None = None
     frozen: bool = False
-    embedding: Callable[[Tensor], Tensor] | None = None
+    embedding: Embedding | None = None
 
     def at(self, nodes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``k(nodes, x)``, the diagonal of ``k(x, x)`` and the mean at ``x``; what an update needs, promoted once."""
@@ -98,6 +97,8 @@ class ModelPrior(Prior):
 
     def covariance(self, nodes: Tensor, x: Tensor) -> Tensor:
         """As :meth:`Prior.covariance`."""
+        if self.embedding is not None:
+            return super().covariance(nodes, x)
         nodes, x = align(as_inputs(nodes), as_inputs(x))
         split = nodes.shape[-2]
 
@@ -111,6 +112,8 @@ class ModelPrior(Prior):
     def mean_at(self, x: Tensor) -> Tensor:
         """As :meth:`Prior.mean_at`."""
         x = as_inputs(x).double()
+        if x.shape[-1] == 0:
+            return x.new_zeros(x.shape[:-1])
         return in_float64(lambda inputs: self.kernel.forward(inputs).mean, (self.kernel,), x).double()
 
     def hyperparameters(self) -> Tensor:

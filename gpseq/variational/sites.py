@@ -40,7 +40,7 @@ from gpseq.variational.prior import Prior
 #: Expected log likelihood of each observation, ``(*batch, n)``, from means and variances of f, ``(*batch, n)``.
 Expectation = Callable[[Tensor, Tensor], Tensor]
 
-#: Steps where the caller names no number; a log-concave likelihood takes about ten.
+#: Full steps where the caller names no number; a log-concave likelihood takes about ten.
 MOST_STEPS = 100
 
 #: Marginals that move by less than this (means in standard deviations, variances as a fraction) have converged.
@@ -69,15 +69,15 @@ class Sites:
     precision: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Convergence:
     """How a site update went.
 
     Attributes:
         steps: steps tried, those that were halved included.
         step_size: length of the last step, ``(*batch)``.
-        movement: how far the last accepted step moved the marginals of f, ``(*batch)``: the largest change of a mean
-            in standard deviations, or of a variance as a fraction.
+        movement: how far a full step would move the marginals of f, from the last accepted one, ``(*batch)``: the
+            largest change of a mean in standard deviations, or of a variance as a fraction; infinite if none was.
         converged: whether that is below :data:`TOLERANCE`, or no step raises the bound any more, as at the top of an
             expected log likelihood with kinks (that of a Laplace distribution by quadrature), ``(*batch)``.
     """
@@ -234,7 +234,8 @@ def find(
     movement = torch.full_like(step, math.inf)
     best, idle = value, torch.zeros_like(step)
     tried = 0
-    while tried < (MOST_STEPS if steps is None else steps):
+    most = math.ceil(MOST_STEPS / longest_step) if steps is None else steps
+    while tried < most:
         tried += 1
         s = step.unsqueeze(-1)
         target = Sites(alpha + beta * (mean - chunk.mean), beta)
@@ -256,10 +257,10 @@ def find(
         gained = value > best + LEAST_GAIN * (1 + value.abs())
         best, idle = torch.where(gained, value, best), torch.where(gained, 0, idle + 1)
         converged = (movement < TOLERANCE) | ((idle >= PATIENCE) & movement.isfinite())
-        if steps is None and bool(converged.all()):
+        tried_step, step = step, torch.where(rises, (2 * step).clamp_max(longest_step), step / 2)
+        if bool(converged.all()):
             break
-        step = torch.where(rises, (2 * step).clamp_max(longest_step), step / 2)
-    return sites, Convergence(tried, step, movement, converged)
+    return sites, Convergence(tried, tried_step, movement, converged)
 
 
 @torch.no_grad()
@@ -287,9 +288,11 @@ def _with_sites(state: OnlineState, A: Tensor, sites: Sites) -> tuple[Tensor, Te
 
 def _expected(expectation: Expectation, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the expected log likelihoods, their derivatives alpha, and the precisions beta, not negative."""
-    with torch.enable_grad():
-        mean, variance = mean.detach().requires_grad_(), variance.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        mean, variance = mean.detach().clone().requires_grad_(), variance.detach().clone().requires_grad_()
         values = expectation(mean, variance)
+        if values.shape != mean.shape:  # several targets share a marginal, and each has its own derivatives
+            return _expected(expectation, mean.expand(values.shape), variance.expand(values.shape))
         alpha, slope = torch.autograd.grad(values.sum(), (mean, variance), materialize_grads=True)
     return values.detach().sum(-1), alpha, (-2 * slope).clamp_min(0.0)
 

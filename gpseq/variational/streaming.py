@@ -38,7 +38,8 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
         model: a GP with ``covar_module`` and ``mean_module``.
         features: what u is.
         jitter: relative jitter, see :func:`gpseq.linalg.cholesky`.
-        transfer: how information passes to another basis, see :func:`gpseq.variational.online.transfer`.
+        transfer: how information passes to another basis, see :func:`gpseq.variational.online.transfer`; ``None``
+            means ``"vfe"``, or ``"adf"`` for features that forget.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
         model: gpytorch.Module,
         features: InducingFeatures,
         jitter: float | None = None,
-        transfer: str = "vfe",
+        transfer: str | None = None,
     ) -> None:
         gpytorch.Module.__init__(self)
         object.__setattr__(self, "model", model)
@@ -85,14 +86,21 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
     def current_state(self) -> OnlineState:
         """The state under the hyperparameters that the model has now."""
         state = self.state
-        if not self._modules_replaced() and torch.equal(self.prior.hyperparameters(), state.hyperparameters):
-            return state
+        now = self.prior.hyperparameters()
         if self.features.embedding is not None:
-            raise ValueError(
-                "covar_module: the hyperparameters have changed, but random features are frozen at those that they "
-                "were drawn with; the path that they have summarised cannot be seen through another kernel."
-            )
+            self._check_frozen(now, state.hyperparameters)
+            return state
+        if not self._modules_replaced() and torch.equal(now, state.hyperparameters):
+            return state
         return self.carried_to(self.basis_of(self.features))
+
+    def _check_frozen(self, now: Tensor, then: Tensor) -> None:
+        """Rounding by a cast is no change."""
+        if self._modules_replaced() or now.shape != then.shape or not torch.allclose(now, then, rtol=1e-6, atol=1e-6):
+            raise ValueError(
+                "covar_module: kernel or mean have changed, but random features are frozen at the values that they "
+                "were drawn with; the path that they have summarised cannot be seen through others."
+            )
 
     def basis_of(self, features: InducingFeatures) -> OnlineState:
         """A state that has seen nothing, on the basis of other features under the current hyperparameters."""
@@ -104,7 +112,8 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
         if self._modules_replaced():
             # Another kernel may have parameters of the same values; NaN equals nothing.
             state = replace(state, hyperparameters=torch.full_like(state.hyperparameters, torch.nan))
-        return online.transfer(state, basis, self.prior, self.transfer)
+        method = self.transfer or ("adf" if self.features.forgets else "vfe")
+        return online.transfer(state, basis, self.prior, method)
 
     @property
     def prior_distribution(self) -> MultivariateNormal:
@@ -120,6 +129,10 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
     def kl_divergence(self) -> Tensor:
         """KL divergence from q(v) to its prior, ``(*batch)``, in nats."""
         return gaussian_kl(*online.posterior(self.current_state()))
+
+    def advance(self, features: InducingFeatures | None = None, transfer: str | None = None) -> None:
+        """Not for a stream, which moves on by ``StreamingGP.update``."""
+        raise TypeError("advance: a StreamingGP moves on by update and rebase; this is for models that are trained.")
 
     def __call__(self, x: Tensor, prior: bool = False, diag: bool = True, **kwargs: Any) -> MultivariateNormal:
         """As the base class, with full covariances in training mode too: a stream has nothing to train."""

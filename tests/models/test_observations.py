@@ -471,7 +471,7 @@ def constructed(**changes: Any) -> StreamingGP:
                 gpytorch.likelihoods.SoftmaxLikelihood(num_classes=3, mixing_weights=False),
             ],
             TypeError,
-            "expected one of one output",
+            "expected one of a single output",
         ),
         (
             "horizon_growth",
@@ -479,7 +479,7 @@ def constructed(**changes: Any) -> StreamingGP:
             ValueError,
             "expected a factor above 1",
         ),
-        ("transfer", ["ep", None, 1, ""], ValueError, r"expected one of \('vfe', 'adf'\)"),
+        ("transfer", ["ep", 1, ""], ValueError, r"expected one of \('vfe', 'adf'\)"),
         (
             "learn",
             ["always", "Warmup", None, True],
