@@ -37,7 +37,7 @@ def run(smoke: bool) -> dict[str, Any]:
                 kernel, likelihood = base()
             seeds.append(follow(chunks, _methods(kernel, likelihood, x, chunks[0].x.max().item(), smoke)))
         results.append({"series": name, "rows": len(x), "size": SIZE, "seeds": seeds})
-    return {"series": results, "recent": RECENT}
+    return {"series": results, "long": LONG, "recent": RECENT}
 
 
 def _methods(
@@ -51,7 +51,7 @@ def _methods(
     def composite() -> CompositeFeatures:
         return CompositeFeatures([HippoFeatures(LONG, horizon), legt(SIZE - LONG)])
 
-    def streamed(features: Callable[[], Any], transfer: str = "vfe") -> Method:
+    def streamed(features: Callable[[], Any], transfer: str | None = None) -> Method:
         # The horizon ends at the data, as the windows do: nothing is reserved for times to come.
         return lambda: Streamed(features(), kernel, likelihood, horizon_growth=None, transfer=transfer)
 
@@ -60,8 +60,8 @@ def _methods(
         "LegS, adf": streamed(lambda: HippoFeatures(SIZE, horizon), "adf"),
         "LegT window": streamed(lambda: legt(SIZE)),
         "LegS + LegT": streamed(composite),
-        "LegS + LegT, adf": streamed(composite, "adf"),
-        "pyramid, adf": streamed(lambda: PyramidFeatures(SIZE, horizon), "adf"),
+        "LegS + LegT, vfe": streamed(composite, "vfe"),
+        "pyramid": streamed(lambda: PyramidFeatures(SIZE, horizon)),
         "points, re-selected": streamed(lambda: SelectedPoints(SIZE)),
         "points, optimised": lambda: OptimisedPoints(SIZE, kernel, likelihood, steps=10 if smoke else 300),
         "exact": lambda: Exact(kernel, likelihood),

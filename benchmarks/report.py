@@ -324,6 +324,271 @@ def series(result: dict[str, Any], figures: Path) -> list[str]:
     ]
 
 
+def counts(result: dict[str, Any], figures: Path) -> list[str]:
+    """Coverage by chunk, distance to a batch fit, and time."""
+    by_size = {size: [r for r in result["rows"] if r["size"] == size] for size in sorted({r["size"] for r in result["rows"]})}
+
+    def coverage(rows: list[dict[str, Any]], when: str) -> list[str]:
+        chunks = [[r[when][c] for r in rows] for c in range(len(rows[0][when]))]
+        shares = [sum(s["inside"] for s in c) / sum(s["count"] for s in c) for c in chunks]
+        pooled = sum(s["inside"] for c in chunks for s in c) / sum(s["count"] for c in chunks for s in c)
+        return [f"{pooled:.1%}", *(f"{share:.1%}" for share in shares)]
+
+    shares = [
+        [size, label, *coverage(rows, when)]
+        for size, rows in by_size.items()
+        for label, when in (("just learnt", "just_learnt"), ("at the end", "at_end"))
+    ]
+    distances = [
+        [
+            size,
+            f"{statistics.mean(r['nlpd'] for r in rows):.3f}",
+            f"{statistics.mean(r['nlpd_batch'] for r in rows):.3f}",
+            f"{max((r['nlpd'] - r['nlpd_batch'] for r in rows), key=abs):+.4f}",
+            f"{max(r['residual'] for r in rows):.2%}",
+            f"{statistics.median(s for r in rows for s in r['steps']):.0f}",
+            f"{statistics.median(s for r in rows for s in r['update_seconds']):.3f}",
+            f"{statistics.median(s for r in rows for s in r['adam_seconds']):.1f}",
+            f"{statistics.median(s for r in rows for s in r['adam_seconds']) / statistics.median(s for r in rows for s in r['update_seconds']):.0f}",
+        ]
+        for size, rows in by_size.items()
+    ]
+    low, high = (f(r["dispersion"] for r in result["rows"]) for f in (min, max))
+    return [
+        "## Daily deaths: counts through a stream",
+        result["protocol"],
+        table(["features", "held-out days scored", "95 % interval, all", *(f"chunk {c + 1}" for c in range(5))], shares),
+        table(
+            [
+                "features",
+                "NLPD, stream",
+                "NLPD, batch",
+                "largest difference",
+                "residual variance",
+                "steps an update, median",
+                "update of a task [s]",
+                f"{result['adam_steps']:,} Adam steps [s]",
+                "Adam / update",
+            ],
+            distances,
+        ),
+        "`batch` is the same model (features, hyperparameters, likelihood) given all training days at once. Adam trains a "
+        "Cholesky q of the same model on the same bound of one task. The dispersions that were learnt lie between "
+        f"{low:.0f} and {high:.0f}.",
+    ]
+
+
+def moons(result: dict[str, Any], figures: Path) -> list[str]:
+    """Accuracy on all past tasks after the last."""
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in result["rows"]):
+        last = [r["accuracy"][-1] for r in result["rows"] if r["method"] == method]
+        tasks = [statistics.mean(a[t] for a in last) for t in range(len(last[0]))]
+        overall = [statistics.mean(a) for a in last]
+        rows.append([method, *(f"{t:.3f}" for t in tasks), f"{statistics.mean(overall):.3f}", f"{min(overall):.3f}"])
+    return [
+        "## Two moons: classes along a path",
+        f"600 points in three tasks by their first coordinate, half of each held out; Bernoulli likelihood, {result['size']} features, 5 seeds. "
+        "Accuracy on each past task after the last one.",
+        table(["features", "task 1", "task 2", "task 3", "mean", "worst seed"], rows),
+        "`kernel-farthest` is the ablation: each step of the path goes to the point that is least alike.",
+    ]
+
+
+def memories(result: dict[str, Any], figures: Path) -> list[str]:
+    """Error and NLPD by age of the past."""
+    parts = [
+        "## Which memory keeps what",
+        f"Ten chunks, 20 % held out at random, 5 seeds, {result['series'][0]['size']} features or points each. Kernel and noise "
+        "by maximum likelihood on the first chunk (RBF; Matern 3/2 on the first three chunks of the speech, which begins "
+        "with silence); in the last series as stated. The horizon ends at the data for all. The composite puts "
+        f"{result['long']} features on the whole past and the others on the last eighth of the whole span, as long as the "
+        "window of `LegT window`. The pyramid has three windows: the whole past, its last quarter, its last sixteenth. "
+        "`re-selected` picks its points at each update by greedy conditional variance; `optimised` climbs the online "
+        "bound by 300 Adam steps a chunk.",
+    ]
+    figure = plots.new_figure(11, 2.7 * len(result["series"]))
+    axes = figure.subplots(len(result["series"]), 2, squeeze=False)
+    for row, series in enumerate(result["series"]):
+        names = list(series["seeds"][0])
+        rows = []
+        for index, name in enumerate(names):
+            runs = [seed[name] for seed in series["seeds"]]
+            past = {score: [statistics.mean(r[f"{score}_by_chunk"][-1][c] for r in runs) for c in range(10)] for score in ("rmse", "nlpd")}
+            rows.append(
+                [
+                    name,
+                    f"{statistics.mean(r['rmse'] for r in runs):.3f}",
+                    f"{past['rmse'][-1]:.3f}",
+                    f"{statistics.mean(past['rmse'][:5]):.3f}",
+                    f"{statistics.mean(r['nlpd'] for r in runs):.3f}",
+                    f"{past['nlpd'][-1]:.3f}",
+                    f"{statistics.mean(past['nlpd'][:5]):.3f}",
+                    f"{statistics.mean(sum(r['seconds']) for r in runs):.2f}",
+                ]
+            )
+            if name in SHOWN:
+                age = [9 - c for c in range(10)]
+                for column, score in enumerate(("rmse", "nlpd")):
+                    axes[row][column].plot(age, past[score], marker="o", markersize=3, linewidth=1.3, color=SHOWN[name], label=name)
+        for column, score in enumerate(("RMSE", "NLPD")):
+            plots.style_axes(axes[row][column], "age of the past [chunks]" if row == len(result["series"]) - 1 else "", f"{series['series']}: {score}")
+            axes[row][column].invert_xaxis()
+        axes[row][0].set_yscale("log")
+        axes[row][1].set_yscale("symlog", linthresh=1.0)
+        parts += [
+            f"**{series['series']}** ({series['rows']:,} rows)",
+            table(
+                ["memory", "RMSE, all", "last chunk", "first half", "NLPD, all", "last chunk", "first half", "all updates [s]"],
+                rows,
+            ),
+        ]
+    axes[0][0].legend(fontsize=7, frameon=False, ncols=2)
+    plots.save_figure(figure, figures / "memories.png")
+    parts += [
+        "![Error and NLPD by age of the past at the end, means over seeds](figures/memories.png)",
+        "On the trend with late detail the composite has the smallest error of the bounded memories that are compared, because it spends "
+        "few features on the trend and the others where the detail is. Elsewhere there is no free lunch: below capacity a "
+        "memory that is sharper near is blunter far back. `vfe` is the default for LegS, `adf` for whatever forgets.",
+    ]
+    return parts
+
+
+#: Which memories are drawn, and in which colour.
+SHOWN = {
+    "LegS": plots.BLUE,
+    "LegS + LegT": plots.ORANGE,
+    "pyramid": plots.GREEN,
+    "points, re-selected": plots.VERMILION,
+    "points, optimised": plots.GREY,
+    "exact": "black",
+}
+
+
+def adaptive(result: dict[str, Any], figures: Path) -> list[str]:
+    """Residual variance at every time and the order that it took."""
+    rows = []
+    for series in dict.fromkeys(s["series"] for s in result["streams"]):
+        for tolerance in sorted({s["tolerance"] for s in result["streams"]}, reverse=True):
+            runs = [s for s in result["streams"] if s["series"] == series and s["tolerance"] == tolerance]
+            last = [r["orders"][-1] for r in runs]
+            rows.append(
+                [
+                    series,
+                    f"{tolerance:.1%}",
+                    len(runs),
+                    sum(len(r["times"]) for r in runs),
+                    f"{max(v for r in runs for v in r['residuals']):.3%}",
+                    f"{result['first_order']} to {min(last)}" + (f"–{max(last)}" if max(last) > min(last) else ""),
+                ]
+            )
+    figure = plots.new_figure(10, 3.2)
+    left, right = figure.subplots(1, 2)
+    shown = [s for s in result["streams"] if s["seed"] == 0 and s["series"].startswith("Solar")]
+    for run, colour in zip(shown, (plots.BLUE, plots.ORANGE), strict=False):
+        left.step(run["times"], run["orders"], where="post", color=colour, label=f"tolerance {run['tolerance']:.1%}")
+        right.semilogy(run["times"], run["residuals"], color=colour, marker=".", markersize=4, linewidth=0.8)
+        right.axhline(run["tolerance"], color=colour, linewidth=0.8, linestyle=(0, (4, 2)))
+    left.legend(fontsize=8, frameon=False)
+    plots.style_axes(left, "years seen", "features")
+    plots.style_axes(right, "years seen", "residual prior variance")
+    right.set_ylim(bottom=1e-6)
+    plots.save_figure(figure, figures / "adaptive.png")
+    return [
+        "## A memory that sizes itself",
+        "Chunks of ten, `max_features=2000`. The residual variance is read after every update.",
+        table(["stream", "tolerance", "seeds", "updates", "largest residual", "features"], rows),
+        "![Features and residual variance as Solar goes on, first seed; dashed: the tolerances](figures/adaptive.png)",
+    ]
+
+
+def paths(result: dict[str, Any], figures: Path) -> list[str]:
+    """Exactness, memory, and the distance of the published route."""
+    memory = result["memory"]
+    rows = []
+    for name in result["routes"][0]["routes"]:
+        runs = [r["routes"][name] for r in result["routes"]]
+        kuu = [r["kuu_distance"] for r in runs]
+        rows.append(
+            [
+                name,
+                "" if kuu[0] is None else f"{statistics.mean(kuu):.1%}",
+                f"{statistics.mean(r['mean_distance'] for r in runs):.4f}",
+                f"{statistics.mean(r['rmse'] for r in runs):.4f}",
+                f"{statistics.mean(r['nlpd'] for r in runs):.4f}",
+                f"{statistics.mean(r['seconds'] for r in runs):.2f}",
+            ]
+        )
+    exact = ", ".join(f"{r['difference']:.0e} (M = {r['order']})" for r in result["recurrence"])
+    tenths = memory["seconds"]
+    return [
+        "## Paths through many dimensions",
+        f"**Exactness.** Recurrence with irregular physical steps, 200 points, against the explicit cell weights: {exact}.",
+        f"**Constant memory.** `\"rff\"` mode over {memory['points']:,} points: the state dict holds {memory['numbers'][0]:,} numbers after the "
+        f"first tenth and {memory['numbers'][-1]:,} after the last; the last tenth took {tenths[-1] / tenths[0]:.2f} times as long as the first.",
+        f"**The published route.** UCI power plant sorted by temperature, {result['routes'][0]['rows']:,} rows in ten tasks, 20 % held out, "
+        f"{result['size']} features, kernel given, {len(result['routes'])} seeds. Distances are from the first row: Frobenius, relative, in Kuu; "
+        "root mean square in predictive means (targets have unit variance).",
+        table(["route", "Kuu", "predictive mean", "RMSE", "NLPD", "all updates [s]"], rows),
+    ]
+
+
+def learning(result: dict[str, Any], figures: Path) -> list[str]:
+    """NLPD before and after the change."""
+
+    def mean(scores: list[list[float]]) -> float:
+        return sum(s for s, _ in scores) / sum(n for _, n in scores)
+
+    rows, labels = [], {"frozen": "frozen", "basis_change": "`basis_change`", "ensemble": "ensemble of nine"}
+    changes = list(dict.fromkeys(r["change"] for r in result["series"]))
+    figure = plots.new_figure(11, 3.2)
+    axes = figure.subplots(1, len(changes), squeeze=False)[0]
+    for ax, change in zip(axes, changes, strict=True):
+        runs = [r["methods"] for r in result["series"] if r["change"] == change]
+        for (name, label), colour in zip(labels.items(), (plots.GREY, plots.BLUE, plots.ORANGE), strict=True):
+            scores = [r[name]["nlpd_sum_and_count"] for r in runs]
+            half = len(scores[0]) // 2
+            before, after = ([mean(s[:half]) for s in scores], [mean(s[half:]) for s in scores])
+            gain = [mean(r["frozen"]["nlpd_sum_and_count"][half:]) - a for r, a in zip(runs, after, strict=True)]
+            loss = [b - mean(r["frozen"]["nlpd_sum_and_count"][:half]) for r, b in zip(runs, before, strict=True)]
+            rows.append(
+                [
+                    change,
+                    label,
+                    f"{statistics.mean(before):.3f}",
+                    f"{statistics.mean(after):.3f}",
+                    "" if name == "frozen" else f"{max(loss):+.3f}",
+                    "" if name == "frozen" else f"{-min(gain):+.3f}",
+                    f"{statistics.mean(r[name]['nlpd_at_end'] for r in runs):.3f}",
+                    f"{statistics.mean(r[name]['seconds'] for r in runs):.1f}",
+                ]
+            )
+            pooled = [mean([s[c] for s in scores if s[c][1] > 0]) for c in range(len(scores[0]))]
+            ax.plot(pooled, color=colour, linewidth=1.3, label=label.strip("`"))
+        ax.axvline(len(pooled) / 2 - 0.5, color="0.6", linewidth=0.8)
+        ax.set_yscale("symlog", linthresh=1.0)
+        plots.style_axes(ax, "chunk", "NLPD, just learnt" if ax is axes[0] else "")
+        ax.set_title(change, fontsize=9)
+    axes[0].legend(fontsize=8, frameon=False)
+    plots.save_figure(figure, figures / "learning.png")
+    endurance = result["endurance"]
+    return [
+        "## Hyperparameters that move",
+        f"A thousand points in 50 chunks on 40 units of time, {result['size']} features, 5 seeds; 20 % held out. Hyperparameters by maximum "
+        "likelihood on the first fifth; half-way something changes. NLPD of the held-out rows of a chunk when it has just "
+        "been learnt, averaged over the chunks before and after the change. `worst` is the seed that compares worst with frozen ones.",
+        table(
+            ["change", "method", "before", "after", "worst, before", "worst, after", "whole past, at the end", "all updates [s]"],
+            rows,
+        ),
+        "![NLPD of each chunk just after it was learnt, pooled over seeds; the line marks the change](figures/learning.png)",
+        f"{endurance['updates']} updates that each change the basis and learn: "
+        + ("every state finite, no failure" if endurance["finite"] else "**not finite**")
+        + f"; the noise went from {endurance['noise'][0]:.3f} to {endurance['noise'][-1]:.3f} (standard deviation; 0.1 before the "
+        "change and 0.4 after it).",
+    ]
+
+
 def _square(rows: list[list[float]]) -> list[list[float]]:
     return [row + [float("nan")] * (len(rows) - len(row)) for row in rows]
 
@@ -335,6 +600,12 @@ SECTIONS = {
     "covariance": covariance,
     "stretching": stretching,
     "series": series,
+    "counts": counts,
+    "moons": moons,
+    "memories": memories,
+    "adaptive": adaptive,
+    "paths": paths,
+    "learning": learning,
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 CASES = ("solar", "throughput", "conditioning", "covariance", "stretching", "series")
+CASES += ("counts", "moons", "memories", "adaptive", "paths", "learning")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -73,11 +73,44 @@ def plot_posterior(
         label: the method's name in the legend.
         color: of the line and the band.
     """
-    time, mean = np.asarray(time), np.asarray(mean)
-    if std is not None:
+    mean = np.asarray(mean)
+    if std is None:
+        ax.plot(np.asarray(time), mean, color=color, linewidth=2.0, label=label, zorder=3)
+    else:
         width = BAND * np.asarray(std)
-        ax.fill_between(time, mean - width, mean + width, color=color, alpha=0.2, linewidth=0, zorder=1)
-    ax.plot(time, mean, color=color, linewidth=2.0, label=label, zorder=3)
+        plot_band(ax, time, mean, mean - width, mean + width, label, color)
+
+
+def plot_band(
+    ax: Axes,
+    time: ArrayLike,
+    middle: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    label: str = "posterior",
+    color: str = BLUE,
+) -> None:
+    """Draw a line in its band, of any shape: quantiles of counts, say.
+
+    Args:
+        ax: where to draw.
+        time: ``(n,)``, increasing numbers or datetimes.
+        middle: ``(n,)``, the line.
+        lower: ``(n,)``, the lower edge of the band.
+        upper: ``(n,)``, the upper one.
+        label: the method's name in the legend.
+        color: of the line and the band.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_band(ax, [0, 1], middle=[2, 3], lower=[1, 1], upper=[4, 6], label="median, 95 % band")
+        >>> ax.lines[0].get_ydata().tolist()
+        [2, 3]
+    """
+    time = np.asarray(time)
+    ax.fill_between(time, np.asarray(lower), np.asarray(upper), color=color, alpha=0.2, linewidth=0, zorder=1)
+    ax.plot(time, np.asarray(middle), color=color, linewidth=2.0, label=label, zorder=3)
 
 
 def plot_exact(ax: Axes, time: ArrayLike, mean: ArrayLike, std: ArrayLike | None = None) -> None:
@@ -154,9 +187,44 @@ def plot_stream(
     if exact_mean is not None:
         plot_exact(ax, grid, exact_mean, exact_std)
     style_axes(ax, time_label, target_label)
-    _date_axis(ax, time)
+    date_axis(ax, time)
     ax.set_xlim(np.asarray(grid)[0], np.asarray(grid)[-1])
-    _legend_above(ax)
+    legend_above(ax)
+
+
+def plot_decision(
+    ax: Axes, x: ArrayLike, label: ArrayLike, grid: tuple[ArrayLike, ArrayLike], probability: ArrayLike
+) -> None:
+    """Draw two classes in the plane, the probability of the second one, and where it is one half.
+
+    Args:
+        ax: where to draw.
+        x: ``(n, 2)``, what was learnt.
+        label: ``(n,)``, 0 or 1.
+        grid: coordinates ``(a,)`` of the columns and ``(b,)`` of the rows of ``probability``.
+        probability: ``(b, a)``, of class 1.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_decision(ax, [[0, 0], [1, 1]], [0, 1], ([0, 1], [0, 1]), [[0.1, 0.4], [0.6, 0.9]])
+        >>> [line.get_label() for line in ax.lines]
+        ['class 0', 'class 1']
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    x, label = np.asarray(x), np.asarray(label)
+    columns, rows, probability = np.asarray(grid[0]), np.asarray(grid[1]), np.asarray(probability)
+    shades = LinearSegmentedColormap.from_list("classes", [BLUE, "white", ORANGE])
+    ax.pcolormesh(
+        columns, rows, probability, cmap=shades, vmin=0, vmax=1, alpha=0.35, shading="nearest", rasterized=True
+    )
+    ax.contour(columns, rows, probability, levels=[0.5], colors="black", linewidths=1.5, zorder=3)
+    for value, marker, color in ((0, "o", BLUE), (1, "s", ORANGE)):
+        members = x[label == value]
+        ax.plot(
+            members[:, 0], members[:, 1], marker, color=color, markersize=3, markeredgewidth=0, label=f"class {value}"
+        )
 
 
 def plot_past_errors(
@@ -226,6 +294,31 @@ def style_axes(ax: Axes, xlabel: str, ylabel: str) -> None:
     ax.set_ylabel(ylabel, fontsize=9)
 
 
+def date_axis(ax: Axes, time: ArrayLike) -> None:
+    """Short labels for dates, which matplotlib would otherwise write out in full at every tick.
+
+    Args:
+        ax: the axes; they stay as they are where times are numbers.
+        time: what is drawn against, numbers or datetimes.
+    """
+    first = np.asarray(time).ravel()[:1]
+    if first.dtype.kind == "M" or (first.size and isinstance(first[0], datetime)):
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+        locator = AutoDateLocator()
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+
+
+def legend_above(ax: Axes) -> None:
+    """A legend in one line above the axes, where it covers nothing.
+
+    Args:
+        ax: the axes.
+    """
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, frameon=False, fontsize=8, borderaxespad=0.2)
+
+
 def new_figure(width: float = 9.0, height: float = 6.5) -> Figure:
     """An empty figure that fits its labels and needs no display.
 
@@ -258,19 +351,3 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     data = io.BytesIO()
     figure.savefig(data, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
     replace_file(path, data.getvalue())
-
-
-def _date_axis(ax: Axes, time: ArrayLike) -> None:
-    """Short labels for dates, which matplotlib would otherwise write out in full at every tick."""
-    first = np.asarray(time).ravel()[:1]
-    if first.dtype.kind == "M" or (first.size and isinstance(first[0], datetime)):
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-        locator = AutoDateLocator()
-        ax.xaxis.set_major_locator(locator)
-        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-
-
-def _legend_above(ax: Axes) -> None:
-    """A legend in one line above the axes, where it covers nothing."""
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=8, frameon=False, fontsize=8, borderaxespad=0.2)

@@ -54,6 +54,33 @@ def test_the_band_is_95_per_cent_wide() -> None:
     assert at_zero.min() == pytest.approx(1 - 0.98) and at_zero.max() == pytest.approx(1 + 0.98)
 
 
+def test_a_band_need_not_be_symmetric() -> None:
+    ax = axes()
+    lower, upper = torch.zeros(200), torch.from_numpy(np.exp(GRID))
+    plots.plot_band(ax, GRID, np.ones(200), lower, upper, label="median")
+    np.testing.assert_array_equal(lines(ax)["median"], np.stack([GRID, np.ones(200)], 1))
+    (band,) = ax.collections
+    corners = band.get_paths()[0].vertices
+    at_end = corners[corners[:, 0] == 10.0][:, 1]
+    assert at_end.min() == 0.0 and at_end.max() == pytest.approx(np.exp(10.0))
+
+
+def test_a_decision_is_drawn_where_the_probability_is_one_half() -> None:
+    ax = axes()
+    columns, rows = torch.linspace(-1, 1, 21), torch.linspace(0, 3, 7)
+    x, label = torch.tensor([[-0.5, 1.0], [0.5, 1.0], [0.7, 2.0]]), torch.tensor([0.0, 1.0, 1.0])
+    probability = (0.5 + 0.4 * columns + 0.04).expand(7, 21)  # rises to the right, one half at -0.1
+    plots.plot_decision(ax, x, label, (columns, rows), probability)
+    drawn = lines(ax)
+    np.testing.assert_array_equal(drawn["class 0"], x[:1].numpy())
+    np.testing.assert_array_equal(drawn["class 1"], x[1:].numpy())
+    mesh, border = ax.collections
+    assert mesh.get_clim() == (0, 1)
+    vertices = border.get_paths()[0].vertices
+    np.testing.assert_allclose(vertices[:, 0], -0.1, atol=1e-6)
+    assert (vertices[:, 1].min(), vertices[:, 1].max()) == (0, 3)
+
+
 def test_the_exact_gp_is_dashed_with_its_limits() -> None:
     ax = axes()
     plots.plot_exact(ax, GRID, np.sin(GRID), np.ones(200))

@@ -216,7 +216,7 @@ class HippoFeatures(InducingFeatures):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """First and last time covered: all of the past, or the last window; three time constants for ``"lagt"``."""
+        """First and last time covered, of all the past or of the last window; three time constants for ``"lagt"``."""
         if self.window is None:
             return self.start, self.horizon
         return max(self.start, self.horizon - _MEASURES[self.measure].reach * self.window), self.horizon

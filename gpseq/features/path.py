@@ -20,7 +20,10 @@ from gpseq.features.base import NUM_PROBES, InducingFeatures
 from gpseq.features.random_features import RandomFeatures
 
 MODES = ("keep", "rff")
-SCHEMES = ("exact", "midpoint", "bilinear", "backward", "euler")
+SCHEMES = ("exact", "midpoint", "bilinear", "backward", "euler", "zoh")
+
+#: Schemes that hold the value of a point on its cell, which is all that a path knows.
+_HELD = ("exact", "zoh")
 
 #: Points that move the state at once, for the exact scheme and for the others; it bounds the memory of one update.
 _BLOCK, _RECURRENCE_BLOCK = 1024, 64
@@ -41,7 +44,7 @@ def path_step(num_features: int, edges: Tensor, scheme: str = "exact") -> tuple[
 
     The last four are the schemes of these names in :func:`gpseq.hippo.legs_step`. Its "exact-held" and "zoh" hold the
     value over the cell as well and differ only in where they read a signal; a path has nothing to read but its
-    points, so that both are "exact" here.
+    points, so that "zoh" is "exact" here.
 
     Args:
         num_features: M.
@@ -61,7 +64,7 @@ def path_step(num_features: int, edges: Tensor, scheme: str = "exact") -> tuple[
                 [-0.3248,  0.3248]], dtype=torch.float64)
     """
     _check_choice("scheme", scheme, SCHEMES)
-    if scheme == "exact":
+    if scheme in _HELD:
         before = hippo.legs_reprojection(num_features, edges[0], edges[-1])
         return before, hippo.legs_cell_weights(num_features, edges)
     # The recurrence, applied to the identity: its columns are what was before and each of the values.
@@ -115,8 +118,8 @@ class PathFeatures(InducingFeatures):
         num_features: M.
         num_dims: d, columns of the inputs.
         mode: ``"keep"`` or ``"rff"``.
-        scheme: how a point enters the integral, see :func:`path_step`. All but ``"euler"`` are stable; ``"exact"`` is
-            the one that moves many points at once.
+        scheme: how a point enters the integral, see :func:`gpseq.features.path.path_step`. All but ``"euler"`` are
+            stable; ``"exact"`` is the one that moves many points at once.
         ordering: in which order the points of one update join the path: ``"given"``; ``"oracle"``, by ``key``;
             ``"kernel"``, each next the one most alike the last, see :mod:`gpseq.features.orderings`; ``"random"``.
         key: of ``"oracle"``, a column or a function from ``(n, d)`` to ``(n,)``.
@@ -415,7 +418,7 @@ class PathFeatures(InducingFeatures):
         return new
 
     def _steps(self, x: Tensor, edges: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        size = _BLOCK if self.scheme == "exact" else _RECURRENCE_BLOCK
+        size = _BLOCK if self.scheme in _HELD else _RECURRENCE_BLOCK
         for first in range(0, len(x), size):
             points = x[first : first + size]
             yield points, *path_step(self.num_features, edges[first : first + len(points) + 1], self.scheme)

@@ -21,7 +21,8 @@ class SelectedPoints(InducingPoints):
 
     which is the pivoting of a Cholesky factorisation, :math:`O((n + M) M^2)`. No gradients, no addresses to learn, any
     number of input columns: the plain alternative to HiPPO memories through the same seam. Like them it knows nothing
-    of the targets, and once M points do not resolve the past, its oldest details are the price.
+    of the targets, and once M points do not resolve the past, detail is given up wherever points are not chosen
+    again.
 
     Args:
         num_points: M, reached as soon as there have been so many inputs that differ for the kernel.
@@ -60,7 +61,7 @@ class SelectedPoints(InducingPoints):
 
     @property
     def forgets(self) -> bool:
-        """True: a point that is not chosen again takes with it what was known there."""
+        """True, because a point that is not chosen again takes with it what was known there."""
         return True
 
     def following(self, x: Tensor, kernel: Kernel, growth: float | str | None = 1.25) -> SelectedPoints:

@@ -71,8 +71,8 @@ class StreamingGP(ApproximateGP):
             for features that give up detail by design (windows, pyramids, re-selected points), where it would force
             what is lost on what remains.
         learn: when hyperparameters are learnt: ``"never"``; ``"warmup"``, on the first chunk, as
-            :meth:`fit_hyperparameters` does; ``"basis_change"``, there and then by a few small steps on the online
-            bound whenever the basis changes, see :func:`gpseq.models.learning.learn_from`.
+            :meth:`fit_hyperparameters` does; ``"basis_change"``, by a few small steps on the online bound whenever the
+            basis changes, from the values that the modules have, see :func:`gpseq.models.learning.learn_from`.
         max_features: let the memory grow to at most this many features: at a change of basis the order is raised
             until the mean residual variance is under ``tolerance``. ``None`` keeps it as it is.
         tolerance: admissible mean residual variance as a fraction of the prior variance, for ``max_features`` and for
@@ -453,11 +453,12 @@ class StreamingGP(ApproximateGP):
         """As :meth:`_features_for`, after whatever learning this chunk calls for."""
         if self.learn == "never":
             return self._features_for(data)
-        if not self._has_begun():
-            self._warm_up(data)
+        if self.learn == "warmup":
+            if not self._has_begun():
+                self._warm_up(data)
             return self._features_for(data)
         features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
-        if self.learn == "basis_change" and features is not self.features:
+        if self._has_begun() and features is not self.features:
             self._learn(data, self.variational_strategy.current_state(), features, learning.STEPS, learning.RATE)
         return self._judged(features)
 

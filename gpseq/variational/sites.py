@@ -11,9 +11,9 @@ Each observation of a chunk acts on its function value as :math:`\exp(\lambda_1 
 where :math:`E_i = E_q \log p(y_i \mid f_i)`. A natural-gradient step of length s on the bound is
 
 .. math::
-    \lambda_2 \leftarrow (1 - s) \lambda_2 + s \max(\beta, 0), \quad
+    \lambda_2 \leftarrow (1 - s) \lambda_2 + s \beta, \quad
     \lambda_1 \leftarrow (1 - s) \lambda_1 + s (\alpha + \beta (m_f - \mu)), \quad
-    \alpha = \partial E / \partial m_f, \; \beta = -2\, \partial E / \partial v_f .
+    \alpha = \partial E / \partial m_f, \; \beta = \max(-2\, \partial E / \partial v_f, 0) .
 
 After convergence the sites are added to (G, r, c) and forgotten: the state is as small as for Gaussian noise, where
 one full step is the closed form.

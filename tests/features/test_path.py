@@ -55,7 +55,7 @@ def recurrence(order: int, times: np.ndarray, scheme: str) -> np.ndarray:
 
 def oracle_weights(order: int, times: Any, scheme: str) -> Tensor:
     times = np.asarray(times, dtype=float)
-    return torch.from_numpy(cell_weights(order, times) if scheme == "exact" else recurrence(order, times, scheme))
+    return torch.from_numpy(cell_weights(order, times) if scheme in ("exact", "zoh") else recurrence(order, times, scheme))
 
 
 # Helpers
@@ -151,7 +151,7 @@ def test_the_first_points_weigh_what_they_must(scheme: str, mode: str) -> None:
     weights = oracle_weights(3, [1.0], scheme)
     expected = weights if mode == "keep" else weights @ psi(features)(points(1))
     near(one.weights(), expected)
-    if scheme in ("exact", "midpoint"):  # these know that a single point is a constant function
+    if scheme in ("exact", "zoh", "midpoint"):  # these know that a single point is a constant function
         near(weights, torch.tensor([[1.0], [0.0], [0.0]], dtype=F64))
 
 
@@ -175,7 +175,7 @@ def test_every_so_many_points_one_joins(scheme: str, every: int, sizes: list[int
 
 @pytest.mark.parametrize(
     ("scheme", "off"),
-    [("exact", 3.8e-2), ("midpoint", 9.8e-3), ("bilinear", 9.2e-2), ("backward", 0.65), ("euler", 1.56)],
+    [("exact", 3.8e-2), ("midpoint", 9.8e-3), ("bilinear", 9.2e-2), ("backward", 0.65), ("euler", 1.56), ("zoh", 3.8e-2)],
 )
 def test_weights_are_nearly_orthonormal(scheme: str, off: float) -> None:
     def gram(n: int) -> Tensor:
@@ -185,7 +185,7 @@ def test_weights_are_nearly_orthonormal(scheme: str, off: float) -> None:
     difference = (gram(60) - torch.eye(8, dtype=F64)).abs().max()
     assert 0.97 * off < difference <= off
     assert (gram(960) - torch.eye(8, dtype=F64)).abs().max() < 0.25 * difference
-    if scheme == "exact":
+    if scheme in ("exact", "zoh"):
         for n in (1, 3, 60, 500):
             assert torch.linalg.eigvalsh(gram(n)).max() <= 1 + 1e-13
 
@@ -209,8 +209,8 @@ def test_path_step_continues_where_the_path_is() -> None:
         before, second = path_step(4, edges[2:], scheme)
         _, whole = path_step(4, edges, scheme)
         near(torch.cat([before @ first, second], dim=-1), whole, 1e-14)
-    with pytest.raises(ValueError, match=r"scheme: expected one of .*, got 'zoh'"):
-        path_step(4, edges, "zoh")
+    with pytest.raises(ValueError, match=r"scheme: expected one of .*, got 'trapezoid'"):
+        path_step(4, edges, "trapezoid")
     for scheme in SCHEMES:
         with pytest.raises(ValueError, match="t1"):
             path_step(4, edges.flip(0), scheme)
@@ -498,7 +498,7 @@ def test_the_published_recurrence_is_there_and_warns() -> None:
         ({"num_features": 0}, "num_features: expected at least 1, got 0"),
         ({"num_dims": 0}, "num_dims: expected at least 1, got 0"),
         ({"mode": "forget"}, r"mode: expected one of \('keep', 'rff'\), got 'forget'"),
-        ({"scheme": "zoh"}, "scheme: expected one of .*, got 'zoh'"),
+        ({"scheme": "rk4"}, "scheme: expected one of .*, got 'rk4'"),
         ({"ordering": "time"}, "ordering: expected one of .*, got 'time'"),
         ({"step": 0.0}, "step: expected a positive number, got 0.0"),
         ({"step": math.inf}, "step: expected a positive number, got inf"),
