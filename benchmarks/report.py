@@ -326,7 +326,9 @@ def series(result: dict[str, Any], figures: Path) -> list[str]:
 
 def counts(result: dict[str, Any], figures: Path) -> list[str]:
     """Coverage by chunk, distance to a batch fit, and time."""
-    by_size = {size: [r for r in result["rows"] if r["size"] == size] for size in sorted({r["size"] for r in result["rows"]})}
+    by_size = {
+        size: [r for r in result["rows"] if r["size"] == size] for size in sorted({r["size"] for r in result["rows"]})
+    }
 
     def coverage(rows: list[dict[str, Any]], when: str) -> list[str]:
         chunks = [[r[when][c] for r in rows] for c in range(len(rows[0][when]))]
@@ -348,6 +350,7 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
             f"{max(r['residual'] for r in rows):.2%}",
             f"{statistics.median(s for r in rows for s in r['steps']):.0f}",
             f"{statistics.median(s for r in rows for s in r['update_seconds']):.3f}",
+            f"{statistics.median(s for r in rows for s in r['seconds'][1:]):.1f}",
             f"{statistics.median(s for r in rows for s in r['adam_seconds']):.1f}",
             f"{statistics.median(s for r in rows for s in r['adam_seconds']) / statistics.median(s for r in rows for s in r['update_seconds']):.0f}",
         ]
@@ -357,7 +360,9 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
     return [
         "## Daily deaths: counts through a stream",
         result["protocol"],
-        table(["features", "held-out days scored", "95 % interval, all", *(f"chunk {c + 1}" for c in range(5))], shares),
+        table(
+            ["features", "held-out days scored", "95 % interval, all", *(f"chunk {c + 1}" for c in range(5))], shares
+        ),
         table(
             [
                 "features",
@@ -366,7 +371,8 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
                 "largest difference",
                 "residual variance",
                 "steps an update, median",
-                "update of a task [s]",
+                "one update with a task [s]",
+                "a task in weeks, learning [s]",
                 f"{result['adam_steps']:,} Adam steps [s]",
                 "Adam / update",
             ],
@@ -412,9 +418,12 @@ def memories(result: dict[str, Any], figures: Path) -> list[str]:
     for row, series in enumerate(result["series"]):
         names = list(series["seeds"][0])
         rows = []
-        for index, name in enumerate(names):
+        for name in names:
             runs = [seed[name] for seed in series["seeds"]]
-            past = {score: [statistics.mean(r[f"{score}_by_chunk"][-1][c] for r in runs) for c in range(10)] for score in ("rmse", "nlpd")}
+            past = {
+                score: [statistics.mean(r[f"{score}_by_chunk"][-1][c] for r in runs) for c in range(10)]
+                for score in ("rmse", "nlpd")
+            }
             rows.append(
                 [
                     name,
@@ -430,16 +439,31 @@ def memories(result: dict[str, Any], figures: Path) -> list[str]:
             if name in SHOWN:
                 age = [9 - c for c in range(10)]
                 for column, score in enumerate(("rmse", "nlpd")):
-                    axes[row][column].plot(age, past[score], marker="o", markersize=3, linewidth=1.3, color=SHOWN[name], label=name)
+                    axes[row][column].plot(
+                        age, past[score], marker="o", markersize=3, linewidth=1.3, color=SHOWN[name], label=name
+                    )
         for column, score in enumerate(("RMSE", "NLPD")):
-            plots.style_axes(axes[row][column], "age of the past [chunks]" if row == len(result["series"]) - 1 else "", f"{series['series']}: {score}")
+            plots.style_axes(
+                axes[row][column],
+                "age of the past [chunks]" if row == len(result["series"]) - 1 else "",
+                f"{series['series']}: {score}",
+            )
             axes[row][column].invert_xaxis()
         axes[row][0].set_yscale("log")
         axes[row][1].set_yscale("symlog", linthresh=1.0)
         parts += [
             f"**{series['series']}** ({series['rows']:,} rows)",
             table(
-                ["memory", "RMSE, all", "last chunk", "first half", "NLPD, all", "last chunk", "first half", "all updates [s]"],
+                [
+                    "memory",
+                    "RMSE, all",
+                    "last chunk",
+                    "first half",
+                    "NLPD, all",
+                    "last chunk",
+                    "first half",
+                    "all updates [s]",
+                ],
                 rows,
             ),
         ]
@@ -524,7 +548,7 @@ def paths(result: dict[str, Any], figures: Path) -> list[str]:
     return [
         "## Paths through many dimensions",
         f"**Exactness.** Recurrence with irregular physical steps, 200 points, against the explicit cell weights: {exact}.",
-        f"**Constant memory.** `\"rff\"` mode over {memory['points']:,} points: the state dict holds {memory['numbers'][0]:,} numbers after the "
+        f'**Constant memory.** `"rff"` mode over {memory["points"]:,} points: the state dict holds {memory["numbers"][0]:,} numbers after the '
         f"first tenth and {memory['numbers'][-1]:,} after the last; the last tenth took {tenths[-1] / tenths[0]:.2f} times as long as the first.",
         f"**The published route.** UCI power plant sorted by temperature, {result['routes'][0]['rows']:,} rows in ten tasks, 20 % held out, "
         f"{result['size']} features, kernel given, {len(result['routes'])} seeds. Distances are from the first row: Frobenius, relative, in Kuu; "
@@ -578,7 +602,16 @@ def learning(result: dict[str, Any], figures: Path) -> list[str]:
         "likelihood on the first fifth; half-way something changes. NLPD of the held-out rows of a chunk when it has just "
         "been learnt, averaged over the chunks before and after the change. `worst` is the seed that compares worst with frozen ones.",
         table(
-            ["change", "method", "before", "after", "worst, before", "worst, after", "whole past, at the end", "all updates [s]"],
+            [
+                "change",
+                "method",
+                "before",
+                "after",
+                "worst, before",
+                "worst, after",
+                "whole past, at the end",
+                "all updates [s]",
+            ],
             rows,
         ),
         "![NLPD of each chunk just after it was learnt, pooled over seeds; the line marks the change](figures/learning.png)",

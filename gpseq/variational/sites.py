@@ -157,9 +157,10 @@ def update(
 ) -> tuple[OnlineState, Convergence]:
     """Absorb observations whose likelihood is not Gaussian.
 
-    A step that lowers the bound, or leads to something that is not finite, is halved; an accepted one may be followed
-    by one of twice its length. G stays positive semi-definite, because the precision of a site is never negative. For
-    a likelihood that is not log-concave that can stop short of a stationary point; the bound still never falls.
+    A step that lowers the bound, or leads to something that is not finite, is halved, and so is one that goes back on
+    the one before it; another may be followed by one of twice its length. G stays positive semi-definite, because the
+    precision of a site is never negative. For a likelihood that is not log-concave that can stop short of a stationary
+    point; the bound still never falls.
 
     Args:
         state: on a basis of the same hyperparameters as ``prior``.
@@ -232,7 +233,7 @@ def find(
         raise ValueError("y: the expected log likelihood of the targets under the present belief is not finite.")
     step = torch.full_like(value, first_step)
     movement = torch.full_like(step, math.inf)
-    best, idle = value, torch.zeros_like(step)
+    best, idle, move = value, torch.zeros_like(step), torch.zeros_like(mean)
     tried = 0
     most = math.ceil(MOST_STEPS / longest_step) if steps is None else steps
     while tried < most:
@@ -249,6 +250,9 @@ def find(
         rises = (new_value >= value - ROUNDING * (1 + value.abs())) & finite & (new_alpha + new_beta).isfinite().all(-1)
         moved = ((new_mean - mean).abs() / variance.sqrt()).maximum((new_variance / variance - 1).abs()).amax(-1)
         movement = torch.where(rises, moved / step, movement)
+        # A step back on the one before it means that both were too long, even where the bound rises.
+        turns = (move * (new_mean - mean) / variance).sum(-1) < 0
+        move = torch.where(rises.unsqueeze(-1), new_mean - mean, move)
         sites = _where(rises, new, sites)
         take = rises.unsqueeze(-1)
         mean, variance = torch.where(take, new_mean, mean), torch.where(take, new_variance, variance)
@@ -257,7 +261,7 @@ def find(
         gained = value > best + LEAST_GAIN * (1 + value.abs())
         best, idle = torch.where(gained, value, best), torch.where(gained, 0, idle + 1)
         converged = (movement < TOLERANCE) | ((idle >= PATIENCE) & movement.isfinite())
-        tried_step, step = step, torch.where(rises, (2 * step).clamp_max(longest_step), step / 2)
+        tried_step, step = step, torch.where(rises & ~turns, (2 * step).clamp_max(longest_step), step / 2)
         if bool(converged.all()):
             break
     return sites, Convergence(tried, tried_step, movement, converged)

@@ -55,7 +55,9 @@ def recurrence(order: int, times: np.ndarray, scheme: str) -> np.ndarray:
 
 def oracle_weights(order: int, times: Any, scheme: str) -> Tensor:
     times = np.asarray(times, dtype=float)
-    return torch.from_numpy(cell_weights(order, times) if scheme in ("exact", "zoh") else recurrence(order, times, scheme))
+    return torch.from_numpy(
+        cell_weights(order, times) if scheme in ("exact", "zoh") else recurrence(order, times, scheme)
+    )
 
 
 # Helpers
@@ -175,7 +177,14 @@ def test_every_so_many_points_one_joins(scheme: str, every: int, sizes: list[int
 
 @pytest.mark.parametrize(
     ("scheme", "off"),
-    [("exact", 3.8e-2), ("midpoint", 9.8e-3), ("bilinear", 9.2e-2), ("backward", 0.65), ("euler", 1.56), ("zoh", 3.8e-2)],
+    [
+        ("exact", 3.8e-2),
+        ("midpoint", 9.8e-3),
+        ("bilinear", 9.2e-2),
+        ("backward", 0.65),
+        ("euler", 1.56),
+        ("zoh", 3.8e-2),
+    ],
 )
 def test_weights_are_nearly_orthonormal(scheme: str, off: float) -> None:
     def gram(n: int) -> Tensor:
