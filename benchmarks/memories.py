@@ -85,7 +85,10 @@ def _series(smoke: bool) -> dict[str, tuple[Tensor, Tensor, Kernel | Callable[[]
 
 
 def _trend_and_detail(step: int) -> tuple[Tensor, Tensor, Callable[[], tuple[Kernel, GaussianLikelihood]]]:
-    """A slow trend, and fast detail that sets in with the last eighth: two sines each, and noise of 0.1."""
+    """A slow trend, and fast detail that sets in with the last eighth: two sines each, and noise of 0.1.
+
+    The kernel is given: one part for each, the variance of the fast one that of the detail averaged over the series.
+    """
     x = torch.arange(0, 2000, step, dtype=torch.float64) / 20
     trend = torch.sin(x / 12) + 0.5 * torch.sin(x / 7 + 1)
     detail = 0.4 * (torch.sin(2.5 * x) + torch.sin(1.8 * x + 2)) * (x > 7 / 8 * x.max())
@@ -93,7 +96,7 @@ def _trend_and_detail(step: int) -> tuple[Tensor, Tensor, Callable[[], tuple[Ker
 
     def kernel() -> tuple[Kernel, GaussianLikelihood]:
         slow, fast = ScaleKernel(RBFKernel()).double(), ScaleKernel(RBFKernel()).double()
-        for part, lengthscale, variance in ((slow, 10.0, 1.0), (fast, 0.6, 0.2)):
+        for part, lengthscale, variance in ((slow, 10.0, 1.0), (fast, 0.6, 0.02)):
             part.base_kernel.lengthscale = torch.tensor(lengthscale, dtype=torch.float64)
             part.outputscale = torch.tensor(variance, dtype=torch.float64)
         likelihood = GaussianLikelihood().double()

@@ -346,7 +346,9 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
             size,
             f"{statistics.mean(r['nlpd'] for r in rows):.3f}",
             f"{statistics.mean(r['nlpd_batch'] for r in rows):.3f}",
+            f"{statistics.mean(r['nlpd'] - r['nlpd_batch'] for r in rows):+.4f}",
             f"{max((r['nlpd'] - r['nlpd_batch'] for r in rows), key=abs):+.4f}",
+            f"{max((r['nlpd_frozen'] - r['nlpd_batch'] for r in rows), key=abs):+.4f}",
             f"{max(r['residual'] for r in rows):.2%}",
             f"{statistics.median(s for r in rows for s in r['steps']):.0f}",
             f"{statistics.median(s for r in rows for s in r['update_seconds']):.3f}",
@@ -359,7 +361,12 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
     low, high = (f(r["dispersion"] for r in result["rows"]) for f in (min, max))
     return [
         "## Daily deaths: counts through a stream",
-        result["protocol"],
+        "Deaths by day of death in the first 365 days (a stand-in for the paper's Santa Catarina), negative binomial with "
+        "log link, Matern 5/2, five tasks of 73 days, 20 % of the days held out, 5 seeds. Hyperparameters are fitted to the "
+        "first task by the bound, under log-normal priors (medians: 60 days, variance 2, dispersion 800; spread 0.3). Then "
+        'the days arrive in weeks, the horizon grows by a tenth as often as needed, and `learn="basis_change"` lets the '
+        "hyperparameters follow. Coverage counts the held-out days of each task inside the 95 % interval of new counts, "
+        "when the task has just been learnt, and again after all tasks.",
         table(
             ["features", "held-out days scored", "95 % interval, all", *(f"chunk {c + 1}" for c in range(5))], shares
         ),
@@ -368,7 +375,9 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
                 "features",
                 "NLPD, stream",
                 "NLPD, batch",
-                "largest difference",
+                "difference, mean",
+                "worst seed",
+                "worst seed, hyperparameters frozen at their last values",
                 "residual variance",
                 "steps an update, median",
                 "one update with a task [s]",
@@ -387,17 +396,20 @@ def counts(result: dict[str, Any], figures: Path) -> list[str]:
 def moons(result: dict[str, Any], figures: Path) -> list[str]:
     """Accuracy on all past tasks after the last."""
     rows = []
-    for method in dict.fromkeys(r["method"] for r in result["rows"]):
-        last = [r["accuracy"][-1] for r in result["rows"] if r["method"] == method]
+    for size, method in dict.fromkeys((r["size"], r["method"]) for r in result["rows"]):
+        last = [r["accuracy"][-1] for r in result["rows"] if (r["size"], r["method"]) == (size, method)]
         tasks = [statistics.mean(a[t] for a in last) for t in range(len(last[0]))]
         overall = [statistics.mean(a) for a in last]
-        rows.append([method, *(f"{t:.3f}" for t in tasks), f"{statistics.mean(overall):.3f}", f"{min(overall):.3f}"])
+        rows.append(
+            [size, method, *(f"{t:.3f}" for t in tasks), f"{statistics.mean(overall):.3f}", f"{min(overall):.3f}"]
+        )
     return [
         "## Two moons: classes along a path",
-        f"600 points in three tasks by their first coordinate, half of each held out; Bernoulli likelihood, {result['size']} features, 5 seeds. "
-        "Accuracy on each past task after the last one.",
-        table(["features", "task 1", "task 2", "task 3", "mean", "worst seed"], rows),
-        "`kernel-farthest` is the ablation: each step of the path goes to the point that is least alike.",
+        "600 points in three tasks by their first coordinate, half of each held out; Bernoulli likelihood, 5 seeds. Accuracy "
+        "on each past task after the last one. 20 is the paper's size.",
+        table(["size", "features", "task 1", "task 2", "task 3", "mean", "worst seed"], rows),
+        "`kernel-farthest` is the ablation in which each step of the path goes to the point that is least alike. The paper "
+        "reports that it forgets.",
     ]
 
 

@@ -258,7 +258,7 @@ class HippoFeatures(InducingFeatures):
         times = as_inputs(x)[..., self.time_dim].double()
         if not times.numel():
             return self
-        first, last = times.min().item(), times.max().item()
+        first, last = torch.stack(times.aminmax()).tolist()
         if self.window is None and first < self.start:
             warnings.warn(
                 f"x: times from {first:g} lie before the start of the memory, {self.start:g}; they are used, but "

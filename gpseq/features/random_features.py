@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class RandomFeatures(Float64Buffers):
     frequencies: Tensor
     variance: Tensor
     lengthscale: Tensor
+    kind: Tensor
+    columns: Tensor
 
     def __init__(
         self,
@@ -82,16 +85,22 @@ class RandomFeatures(Float64Buffers):
         self.register_buffer("frequencies", frequencies)
         self.register_buffer("variance", variance)
         self.register_buffer("lengthscale", lengthscale)
+        kind, chosen = _signature(kernel, num_dims)
+        self.register_buffer("kind", torch.tensor(kind, dtype=torch.float64, device=device))
+        self.register_buffer("columns", torch.tensor(chosen, device=device))
 
     def belongs_to(self, kernel: Kernel) -> bool:
         """Whether a kernel has the values that these features were drawn with."""
         try:
+            kind, columns = _signature(kernel, self.num_dims)
             base, scales = _unwrapped(kernel)
         except TypeError:
             return False
+        if kind != self.kind.item() or columns != self.columns.tolist():
+            return False
         lengthscale, variance = in_float64(lambda: _values(base, scales), (kernel,))
         return lengthscale.shape == self.lengthscale.shape and all(
-            torch.allclose(now, then, rtol=1e-6, atol=0.0)
+            torch.allclose(now.to(then.device), then, rtol=1e-6, atol=0.0)
             for now, then in ((lengthscale, self.lengthscale), (variance, self.variance))
         )
 
@@ -134,9 +143,10 @@ class RandomFeatures(Float64Buffers):
         saved = state_dict.get(f"{prefix}frequencies")
         if isinstance(saved, Tensor):
             self.frequencies = self.frequencies.new_empty(saved.shape)
-        saved = state_dict.get(f"{prefix}lengthscale")
-        if isinstance(saved, Tensor):
-            self.lengthscale = self.lengthscale.new_empty(saved.shape)
+        for name in ("lengthscale", "columns"):
+            saved = state_dict.get(f"{prefix}{name}")
+            if isinstance(saved, Tensor):
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -158,6 +168,13 @@ def _unwrapped(kernel: Any) -> tuple[Kernel, list[ScaleKernel]]:
             f"{type(base).__name__}{batch}."
         )
     return base, scales
+
+
+def _signature(kernel: Kernel, num_dims: int) -> tuple[float, list[int]]:
+    """Smoothness of the kernel (infinite for RBF) and the input columns that it looks at."""
+    base, _ = _unwrapped(kernel)
+    columns = range(num_dims) if kernel.active_dims is None else kernel.active_dims.reshape(-1).tolist()
+    return (base.nu if isinstance(base, MaternKernel) else math.inf), list(columns)
 
 
 @torch.no_grad()

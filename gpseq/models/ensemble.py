@@ -63,6 +63,8 @@ class StreamingEnsemble(Float64Buffers):
         for model in models:
             if not isinstance(model, StreamingGP):
                 raise TypeError(f"models: expected StreamingGP, got {type(model).__name__}.")
+        if len({id(model) for model in models}) < len(models):
+            raise ValueError("models: expected different streams, got one of them twice.")
         if len(models) < 2:
             raise ValueError(f"models: expected at least two, got {len(models)}.")
         for model in models[1:]:
@@ -104,10 +106,19 @@ class StreamingEnsemble(Float64Buffers):
         try:
             for model in self.members:
                 model.update(x, y, **kwargs)
+                if not torch.equal(model.state.nodes, self.members[0].state.nodes):
+                    raise ValueError(
+                        f"models: {type(model.features).__name__} have come to different bases in different members, "
+                        "so that their evidence does not compare."
+                    )
         except BaseException:
             for model, snapshot in zip(self.members, snapshots, strict=True):
                 model._restore(snapshot)
             raise
+        if all(
+            torch.equal(model.state.count, old[1].count) for model, old in zip(self.members, snapshots, strict=True)
+        ):
+            return self  # nothing was observed
         gain = torch.stack([model.log_evidence for model in self.members]) - before
         self.log_weights = (self.discount * self.log_weights + gain).log_softmax(0)
         return self
@@ -146,6 +157,8 @@ def _difference(first: StreamingGP, other: StreamingGP) -> str | None:
     saved = zip(first.features.state_dict().values(), other.features.state_dict().values(), strict=True)
     if not torch.equal(a.nodes, b.nodes) or not all(torch.equal(one, two) for one, two in saved):
         return "features"
+    if type(first.likelihood) is not type(other.likelihood):
+        return "kind of likelihood"
     if first.horizon_growth != other.horizon_growth:
         return "horizon_growth"
     if first.variational_strategy.transfer != other.variational_strategy.transfer:

@@ -25,6 +25,10 @@ from gpseq.variational.sites import Sites
 #: Steps and rate at a change of basis: no hyperparameter moves by more than about a fifth of itself.
 STEPS, RATE = 20, 0.01
 
+#: How far hyperparameters are expected to drift from one change of basis to the next, in their logarithms: a chunk
+#: that says little moves them little.
+DRIFT = 0.1
+
 #: Steps and rate in a warm-up by the bound, which ends early when it stops rising.
 WARMUP_STEPS, WARMUP_RATE = 400, 0.05
 
@@ -45,6 +49,7 @@ def learn_from(
     jitter: float | None = None,
     steps: int = STEPS,
     rate: float = RATE,
+    drift: float | None = DRIFT,
 ) -> float:
     r"""Move hyperparameters towards a larger online bound on one chunk, in place.
 
@@ -64,6 +69,8 @@ def learn_from(
         jitter: of factorisations.
         steps: how many at most.
         rate: learning rate.
+        drift: standard deviation of the random walk that the logarithms are taken to do from chunk to chunk, which
+            enters the objective; ``None`` leaves it out.
 
     Returns:
         The rise of the bound, in nats.
@@ -88,7 +95,7 @@ def learn_from(
 
     with torch.enable_grad():
         unit = prior.variance(data.x).mean().sqrt().item()
-        gain, best = _ascend(objective, fitted, steps, rate, unit)
+        gain, best = _ascend(objective, fitted, steps, rate, unit, drift)
     for scale, value in zip(scales_of(originals), best, strict=True):
         scale.write(value)
     return gain
@@ -121,7 +128,12 @@ def _collapsed_bound(prior: Prior, likelihood: Likelihood, data: Observations) -
 
 
 def _ascend(
-    objective: Callable[[], Tensor], modules: torch.nn.ModuleList, steps: int, rate: float, unit: float
+    objective: Callable[[], Tensor],
+    modules: torch.nn.ModuleList,
+    steps: int,
+    rate: float,
+    unit: float,
+    drift: float | None,
 ) -> tuple[float, list[Tensor]]:
     """Adam; the rise of the best value over the first one, and the logarithms where it was.
 
@@ -130,12 +142,13 @@ def _ascend(
     scales = scales_of(modules)
     theta = [scale.read().requires_grad_() for scale in scales]
     units = [1.0 if scale.is_logarithmic else unit for scale in scales]
+    start = [t.detach().clone() for t in theta]
     first, best_value = math.nan, -math.inf
     best = [t.detach().clone() for t in theta]
     if not theta:
         return 0.0, best
     optimiser = torch.optim.Adam([{"params": [t], "lr": rate * size} for t, size in zip(theta, units, strict=True)])
-    since = 0
+    since, weight = 0, 0.0 if drift is None else drift**-2
     for step in range(steps + 1):
         raw = [scale.raw(t) for scale, t in zip(scales, theta, strict=True)]
         for scale, t in zip(scales, theta, strict=True):
@@ -145,16 +158,22 @@ def _ascend(
             value = objective()
         except (NanError, NotPSDError, ValueError):
             break  # a step too far; what was met before it counts
-        if not math.isfinite(value.item()):
+        # By hand, because gradients of the objective arrive at the parameters, not at their logarithms.
+        moved = [(t.detach() - s) / size for t, s, size in zip(theta, start, units, strict=True)]
+        height = value.item() - 0.5 * weight * sum(m.square().sum().item() for m in moved)
+        if not math.isfinite(height):
             break
-        first = value.item() if step == 0 else first
-        since = 0 if value.item() > best_value + LEAST_GAIN else since + 1
-        if value.item() > best_value:
-            best_value, best = value.item(), [t.detach().clone() for t in theta]
+        first = height if step == 0 else first
+        since = 0 if height > best_value + LEAST_GAIN else since + 1
+        if height > best_value:
+            best_value, best = height, [t.detach().clone() for t in theta]
         if step == steps or since > PATIENCE:
             break
         (-value).backward()
         chain_gradients(scales, theta, raw)
+        for t, m, size in zip(theta, moved, units, strict=True):
+            if t.grad is not None:
+                t.grad += weight * m / size
         if not all(t.grad is None or bool(t.grad.isfinite().all()) for t in theta):
             break
         optimiser.step()

@@ -156,6 +156,8 @@ def check_observations(
     """
     if missing not in ("error", "skip"):
         raise ValueError(f"missing: expected 'error' or 'skip', got {missing!r}.")
+    if not is_gaussian(likelihood) and isinstance(y, Tensor) and not y.is_floating_point() and not y.is_complex():
+        y = y.double()  # counts and labels
     for name, value in (("x", x), ("y", y)):
         _check_tensor(name, value, state.r.device)
     if x.dim() == 0 or y.dim() == 0:

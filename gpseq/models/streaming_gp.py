@@ -126,6 +126,8 @@ class StreamingGP(ApproximateGP):
         likelihood = check_likelihood(likelihood)
         if learn not in LEARN:
             raise ValueError(f"learn: expected one of {LEARN}, got {learn!r}.")
+        device = next((p.device for p in covar_module.parameters()), None)
+        features = copy.deepcopy(features).to(device)  # this stream will move them
         if features.embedding is not None:
             if learn != "never":
                 raise ValueError(
@@ -144,8 +146,6 @@ class StreamingGP(ApproximateGP):
         self.likelihood = likelihood
         self.horizon_growth = _check_growth(horizon_growth)
         self.learn, self.max_features, self.tolerance = learn, max_features, tolerance
-        device = next((p.device for p in covar_module.parameters()), None)
-        features = copy.deepcopy(features).to(device)  # this stream will move them
         with torch.inference_mode(False):
             self.variational_strategy = StreamingVariationalStrategy(self, features, jitter, transfer)
         self._capacity_warned_at = 0.0  # length of the horizon
@@ -218,11 +218,13 @@ class StreamingGP(ApproximateGP):
                 return self
             before = [(p, p.detach().clone()) for p in self._learnable()]
             try:
-                features, basis, warned_at = self._prepare(data)
+                features, basis, warned_at = self._prepare(data, moved=state.G is not strategy.state.G)
                 if before:  # the noise may have been learnt
                     data = self._check(state, x, y, noise, missing)
-                # Hyperparameters may just have moved.
-                state = strategy.current_state() if basis is None else strategy.carried_to(basis)
+                if basis is not None:
+                    state = strategy.carried_to(basis)
+                elif before:  # hyperparameters may just have moved
+                    state = strategy.current_state()
                 state, convergence = self._absorb(state, data, steps, step_size)
             except BaseException:
                 for parameter, value in before:
@@ -296,7 +298,9 @@ class StreamingGP(ApproximateGP):
         state = strategy.current_state()
         data = self._check(state, x, y, noise, missing)
         features, basis, warned_at = self.features, None, None
-        if extend_horizon and not data.empty:
+        # Features that have no data yet and choose their place by them are nowhere.
+        nowhere = self.features.interval is None and not self._has_begun()
+        if (extend_horizon or nowhere) and not data.empty:
             features, basis, warned_at = self._features_for(data)
         if basis is not None:
             state = strategy.carried_to(basis)
@@ -330,27 +334,39 @@ class StreamingGP(ApproximateGP):
         """
         if self.features.embedding is not None:
             raise ValueError("features: random features are frozen with their kernel; fit it before they are drawn.")
-        if is_gaussian(self.likelihood):
+        if is_gaussian(self.likelihood) and not self.covar_module.batch_shape:
             return fit_hyperparameters(
                 x, y, self.covar_module, self.likelihood, self.mean_module, noise=noise, **kwargs
             )
         with torch.inference_mode(False), torch.no_grad():
             data = self._check(self.state, x, y, noise, "error")
+            if data.empty:
+                raise ValueError(f"y: expected at least one target, got shape {tuple(y.shape)}.")
+            if unknown := set(kwargs) - {"steps", "rate"}:
+                raise TypeError(f"{min(unknown)}: a fit by the bound takes steps and rate only.")
             return self._warm_up_by_bound(data, **kwargs)
 
     def _warm_up_by_bound(
         self, data: Observations, steps: int = learning.WARMUP_STEPS, rate: float = learning.WARMUP_RATE
     ) -> float:
+        check_count("steps", steps)
+        check_number("rate", rate, above=0.0, expected="a positive learning rate")
         features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
         start = self.variational_strategy.basis_of(features)  # nothing seen yet
-        return self._learn(data, start, features, steps, rate)
+        return self._learn(data, start, features, steps, rate, None)
 
     def _learn(
-        self, data: Observations, state: OnlineState, features: InducingFeatures, steps: int, rate: float
+        self,
+        data: Observations,
+        state: OnlineState,
+        features: InducingFeatures,
+        steps: int,
+        rate: float,
+        drift: float | None,
     ) -> float:
         jitter = self.variational_strategy.jitter_val
         modules = (self.covar_module, self.mean_module, self.likelihood)
-        return learning.learn_from(data, state, features, *modules, jitter, steps, rate)
+        return learning.learn_from(data, state, features, *modules, jitter, steps, rate, drift)
 
     @property
     @torch.no_grad()
@@ -449,20 +465,32 @@ class StreamingGP(ApproximateGP):
         self._begun = False
         self.convergence = None
 
-    def _prepare(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
+    def _prepare(self, data: Observations, moved: bool) -> tuple[InducingFeatures, OnlineState | None, float | None]:
         """As :meth:`_features_for`, after whatever learning this chunk calls for."""
         if self.learn == "never":
-            return self._features_for(data)
+            return self._features_for(data, moved)
         if self.learn == "warmup":
             if not self._has_begun():
                 self._warm_up(data)
-            return self._features_for(data)
+            return self._features_for(data, moved)
         features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
         if self._has_begun() and features is not self.features:
-            self._learn(data, self.variational_strategy.current_state(), features, learning.STEPS, learning.RATE)
-        return self._judged(features)
+            strategy = self.variational_strategy
+            state = strategy.current_state()
+            if strategy.method == "adf":
+                # What is lost on the way must not count against the hyperparameters: carry first, learn there.
+                state = strategy.carried_to(strategy.basis_of(features))
+            self._learn(data, state, features, learning.STEPS, learning.RATE, learning.DRIFT)
+        return self._judged(features, moved)
 
     def _warm_up(self, data: Observations) -> None:
+        num_hyperparameters = sum(parameter.numel() for parameter in self._learnable())
+        if (count := data.inputs.shape[0]) < 2 * num_hyperparameters:
+            warnings.warn(
+                f"y: {count} observations in the first chunk are few for {num_hyperparameters} hyperparameters, which "
+                "learn='warmup' takes from there and keeps.",
+                stacklevel=stacklevel_outside(),
+            )
         if not is_gaussian(self.likelihood) or self.covar_module.batch_shape:
             self._warm_up_by_bound(data)  # the exact fit knows no batches
             return
@@ -476,16 +504,21 @@ class StreamingGP(ApproximateGP):
             self._begun = bool(self.state.count.any())
         return self._begun
 
-    def _features_for(self, data: Observations) -> tuple[InducingFeatures, OnlineState | None, float | None]:
+    def _features_for(
+        self, data: Observations, moved: bool = False
+    ) -> tuple[InducingFeatures, OnlineState | None, float | None]:
         """Features that cover ``data``, their basis if they are new, and when a warning was given."""
-        return self._judged(self.features.following(data.inputs, self.covar_module, self.horizon_growth))
+        features = self.features.following(data.inputs, self.covar_module, self.horizon_growth)
+        return self._judged(features, moved)
 
-    def _judged(self, features: InducingFeatures) -> tuple[InducingFeatures, OnlineState | None, float | None]:
-        if features is self.features and (self._has_begun() or features.interval is None):
+    def _judged(
+        self, features: InducingFeatures, moved: bool
+    ) -> tuple[InducingFeatures, OnlineState | None, float | None]:
+        if features is self.features and ((self._has_begun() and not moved) or features.interval is None):
             return features, None, None
         if features.interval is None:
             return features, self.variational_strategy.basis_of(features), None
-        # Judged at every change, and before the first data, because hyperparameters may be set until then.
+        # Judged at every change of features or hyperparameters, and before the first data.
         strategy = self.variational_strategy
         return capacity.judge(strategy, features, self.max_features, self.tolerance, self._capacity_warned_at)
 

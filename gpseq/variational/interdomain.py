@@ -283,6 +283,12 @@ class InterdomainVariationalStrategy(_VariationalStrategy):
         weights = self.features.weights()
         embedding = self.features.embedding
         if embedding is not None:
+            kernel = getattr(self.model, "covar_module", None)
+            if kernel is not None and not embedding.belongs_to(kernel):
+                raise ValueError(
+                    "covar_module: expected the kernel that the random features were drawn for, with the values that "
+                    "it had then; they are frozen with it."
+                )
             mean = in_float64(lambda a: self.model.forward(a, **kwargs).mean, (self.model,), x.double())
             features = embedding(x)
             kff = features.square().sum(-1) if diagonal else RootLinearOperator(features)

@@ -109,6 +109,20 @@ class ModelPrior(Prior):
 
         return in_float64(block, (self.kernel,), torch.cat([nodes, x], dim=-2)).double()
 
+    def at(self, nodes: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`Prior.at`."""
+        return self.covariance(nodes, x), self.variance(x), self.mean_at(x)
+
+    def variance(self, x: Tensor) -> Tensor:
+        """As :meth:`Prior.variance`."""
+        if self.embedding is not None:
+            return super().variance(x)
+
+        def diagonal(inputs: Tensor) -> Tensor:
+            return self.kernel.forward(inputs).lazy_covariance_matrix.diagonal(dim1=-1, dim2=-2)
+
+        return in_float64(diagonal, (self.kernel,), as_inputs(x).double()).double()
+
     def mean_at(self, x: Tensor) -> Tensor:
         """As :meth:`Prior.mean_at`."""
         x = as_inputs(x).double()

@@ -112,8 +112,12 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
         if self._modules_replaced():
             # Another kernel may have parameters of the same values; NaN equals nothing.
             state = replace(state, hyperparameters=torch.full_like(state.hyperparameters, torch.nan))
-        method = self.transfer or ("adf" if self.features.forgets else "vfe")
-        return online.transfer(state, basis, self.prior, method)
+        return online.transfer(state, basis, self.prior, self.method)
+
+    @property
+    def method(self) -> str:
+        """How this stream carries its belief: what was asked for, or what suits the features."""
+        return self.transfer or ("adf" if self.features.forgets else "vfe")
 
     @property
     def prior_distribution(self) -> MultivariateNormal:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import gpytorch
@@ -11,7 +12,7 @@ import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, PoissonLikelihood
 from torch import Tensor
 
-from gpseq.features import HippoFeatures, InducingPoints
+from gpseq.features import HippoFeatures, InducingFeatures, InducingPoints, SelectedPoints
 from gpseq.features.path import PathFeatures
 from gpseq.models import StreamingGP
 from gpseq.models.ensemble import StreamingEnsemble
@@ -296,3 +297,34 @@ def test_predictions_of_counts_are_refused_or_right() -> None:
         assert str(error).split(":")[0] in ("models", "likelihood")
     else:
         assert shape == (3,)
+
+
+def test_a_stream_may_be_a_member_once() -> None:
+    model = StreamingGP(HippoFeatures(12, 4.0), gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood())
+    with pytest.raises(ValueError, match=r"^models: expected different streams"):
+        StreamingEnsemble([model, model])
+
+
+def _members(make: Callable[[], InducingFeatures]) -> list[StreamingGP]:
+    members = []
+    for lengthscale in (0.3, 2.0):
+        kernel = gpytorch.kernels.RBFKernel()
+        kernel.lengthscale = lengthscale
+        members.append(StreamingGP(make(), kernel, gpytorch.likelihoods.GaussianLikelihood()).eval())
+    return members
+
+
+def test_an_empty_chunk_leaves_the_weights_alone() -> None:
+    ensemble = StreamingEnsemble(_members(lambda: HippoFeatures(30, 6.0)), discount=0.5)
+    x = torch.linspace(0.0, 6.0, 40)
+    before = ensemble.update(x, x.sin()).weights
+    assert torch.equal(ensemble.update(x[:0], x[:0]).weights, before)
+    assert torch.equal(ensemble.update(x, torch.full_like(x, torch.nan), missing="skip").weights, before)
+
+
+def test_members_that_come_to_different_bases_are_refused_and_go_back() -> None:
+    ensemble = StreamingEnsemble(_members(lambda: SelectedPoints(8)))
+    x = torch.linspace(0.0, 6.0, 40)
+    with pytest.raises(ValueError, match="different bases"):
+        ensemble.update(x, x.sin())
+    assert [model.num_observations for model in ensemble.members] == [0, 0]

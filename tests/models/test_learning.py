@@ -20,7 +20,7 @@ from gpytorch.likelihoods import (
 from gpytorch.means import ConstantMean
 from torch import Tensor
 
-from gpseq.features import HippoFeatures, InducingFeatures
+from gpseq.features import HippoFeatures, InducingFeatures, PyramidFeatures
 from gpseq.features.path import PathFeatures
 from gpseq.models import StreamingGP, fit_hyperparameters, learning
 from gpseq.models.observations import check_observations
@@ -658,3 +658,51 @@ def test_the_unit_of_a_mean_does_not_matter() -> None:
         model.update(x[x >= 4], unit * (y[x >= 4] + 0.5))
         levels.append(model.mean_module.constant.item() / unit)
     assert levels[1] == pytest.approx(levels[0], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["window", "pyramid"])
+def test_what_is_forgotten_does_not_count_against_the_hyperparameters(kind: str) -> None:
+    """From the true values learning must not run away, however much detail each move gives up."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(0.0, 30.0, 300, dtype=F64)
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel()).double()
+    kernel.base_kernel.lengthscale, kernel.outputscale = 1.0, 1.0
+    with torch.no_grad():
+        covariance = kernel(x.unsqueeze(-1)).to_dense() + 0.01 * torch.eye(300, dtype=F64)
+        y = torch.linalg.cholesky(covariance) @ torch.randn(300, generator=generator, dtype=F64)
+    likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
+    likelihood.noise = 0.01
+    features = (
+        HippoFeatures(14, 5.0, measure="legt", window=5.0) if kind == "window" else PyramidFeatures(24, horizon=5.0)
+    )
+    model = StreamingGP(features, kernel, likelihood, learn="basis_change").eval()
+    for chunk in torch.arange(300).split(15):
+        model.update(x[chunk], y[chunk])
+    assert 0.7 < kernel.base_kernel.lengthscale.item() < 1.3
+    assert 0.005 < likelihood.noise.item() < 0.02
+
+
+def test_a_warm_up_on_a_handful_of_observations_warns() -> None:
+    kernel, likelihood = gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood()
+    model = StreamingGP(HippoFeatures(8, 1.0), kernel, likelihood, learn="warmup").eval()
+    with pytest.warns(UserWarning, match="3 observations in the first chunk are few for 2 hyperparameters"):
+        model.update(torch.tensor([0.1, 0.4, 0.8]), torch.tensor([0.0, 0.3, 0.1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"steps": -3}, ValueError, "^steps"),
+        ({"steps": 1.5}, TypeError, "^steps"),
+        ({"rate": math.nan}, ValueError, "^rate"),
+        ({"num_starts": 2}, TypeError, "^num_starts"),
+    ],
+)
+def test_a_fit_by_the_bound_checks_its_arguments(arguments: dict[str, Any], error: type, message: str) -> None:
+    model = StreamingGP(HippoFeatures(8, 4.0), gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.BernoulliLikelihood())
+    x = torch.linspace(0.0, 4.0, 10)
+    with pytest.raises(error, match=message):
+        model.fit_hyperparameters(x, (x > 2).float(), **arguments)
+    with pytest.raises(ValueError, match=r"^y: expected at least one target"):
+        model.fit_hyperparameters(x[:0], x[:0])

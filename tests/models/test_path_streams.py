@@ -569,3 +569,25 @@ def test_what_only_time_can_do_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^max_features: only HippoFeatures"):
         model_of(PathFeatures(8, 2), max_features=20)
     assert not isinstance(model.features, HippoFeatures)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=1.5)),
+        gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel(active_dims=[1])),
+    ],
+)
+def test_random_features_of_another_kind_of_kernel_are_refused(kernel: gpytorch.kernels.Kernel) -> None:
+    drawn_for = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())
+    features = PathFeatures(8, 2, mode="rff", kernel=drawn_for, num_frequencies=20)
+    with pytest.raises(ValueError, match=r"^covar_module: expected the kernel that the random features"):
+        StreamingGP(features, kernel, gpytorch.likelihoods.GaussianLikelihood())
+
+
+def test_the_first_fantasies_of_a_path_lie_on_it() -> None:
+    x, y = data(30)
+    fresh = model_of(PathFeatures(12, 2))
+    child = fresh.condition_on_observations(x, y)
+    assert_close(child(x).mean, model_of(PathFeatures(12, 2)).update(x, y)(x).mean, 1e-9)
+    assert fresh.features.num_points == 0
