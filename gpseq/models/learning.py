@@ -148,7 +148,7 @@ def _ascend(
     if not theta:
         return 0.0, best
     optimiser = torch.optim.Adam([{"params": [t], "lr": rate * size} for t, size in zip(theta, units, strict=True)])
-    since, weight = 0, 0.0 if drift is None else drift**-2
+    gain, since, weight = 0.0, 0, 0.0 if drift is None else drift**-2
     for step in range(steps + 1):
         raw = [scale.raw(t) for scale, t in zip(scales, theta, strict=True)]
         for scale, t in zip(scales, theta, strict=True):
@@ -163,10 +163,11 @@ def _ascend(
         height = value.item() - 0.5 * weight * sum(m.square().sum().item() for m in moved)
         if not math.isfinite(height):
             break
-        first = height if step == 0 else first
+        first = value.item() if step == 0 else first
         since = 0 if height > best_value + LEAST_GAIN else since + 1
         if height > best_value:
             best_value, best = height, [t.detach().clone() for t in theta]
+            gain = value.item() - first
         if step == steps or since > PATIENCE:
             break
         (-value).backward()
@@ -177,4 +178,4 @@ def _ascend(
         if not all(t.grad is None or bool(t.grad.isfinite().all()) for t in theta):
             break
         optimiser.step()
-    return (best_value - first if math.isfinite(first) else 0.0), best
+    return gain, best

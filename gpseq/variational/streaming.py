@@ -116,7 +116,7 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
 
     @property
     def method(self) -> str:
-        """How this stream carries its belief: what was asked for, or what suits the features."""
+        """How this stream carries its belief, as was asked for or as suits the features."""
         return self.transfer or ("adf" if self.features.forgets else "vfe")
 
     @property

@@ -148,7 +148,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The objective and the modules that `learn_from` hands to its search."""
     seen: list[Any] = []
 
-    def instead(objective: Any, modules: Any, steps: int, rate: float, unit: float) -> tuple[float, list[Tensor]]:
+    def instead(
+        objective: Any, modules: Any, steps: int, rate: float, unit: float, drift: Any
+    ) -> tuple[float, list[Tensor]]:
         seen.extend([objective, modules])
         return 0.0, [scale.read() for scale in learning.scales_of(modules)]
 
@@ -586,7 +588,7 @@ def test_a_batch_that_has_begun_learns_as_a_loop() -> None:
         alone.learn = "basis_change"
         alone.update(x + 3.0, second)
         actual = model.covar_module.base_kernel.lengthscale[i].item()
-        assert actual == pytest.approx(alone.covar_module.base_kernel.lengthscale.item(), rel=1e-3)
+        assert actual == pytest.approx(alone.covar_module.base_kernel.lengthscale.item(), rel=5e-3)
 
 
 @pytest.mark.parametrize("learn", ["warmup", "basis_change"])
