@@ -483,9 +483,10 @@ def memories(result: dict[str, Any], figures: Path) -> list[str]:
     plots.save_figure(figure, figures / "memories.png")
     parts += [
         "![Error and NLPD by age of the past at the end, means over seeds](figures/memories.png)",
-        "On the trend with late detail the composite has the smallest error of the bounded memories that are compared, because it spends "
-        "few features on the trend and the others where the detail is. Elsewhere there is no free lunch: below capacity a "
-        "memory that is sharper near is blunter far back. `vfe` is the default for LegS, `adf` for whatever forgets.",
+        "On the trend with late detail the composite beats either of its parts at equal size, because it spends few features "
+        "on the trend and the others where the detail is. Elsewhere there is no free lunch: below capacity a memory that is "
+        "sharper near is blunter far back. `vfe` is the default for LegS, `adf` for whatever forgets; the rows that name the "
+        "other one show what the choice does.",
     ]
     return parts
 

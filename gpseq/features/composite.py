@@ -65,6 +65,11 @@ class CompositeFeatures(InducingFeatures):
         """M, of all parts together."""
         return sum(part.num_features for part in self.parts)
 
+    @property
+    def num_dims(self) -> int:
+        """d, of each part."""
+        return self.parts[0].num_dims
+
     def nodes(self) -> Tensor:
         """The nodes of all parts, ``(Q, d)``, float64."""
         return torch.cat([part.nodes() for part in self.parts])

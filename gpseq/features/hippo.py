@@ -185,6 +185,11 @@ class HippoFeatures(InducingFeatures):
         return self._weights.shape[-2]
 
     @property
+    def num_dims(self) -> int:
+        """d, time and the other columns."""
+        return 1 + self._other_inputs.numel()
+
+    @property
     def other_inputs(self) -> Tensor:
         """Values of the columns that are not time, ``(d - 1,)``."""
         return self._other_inputs
