@@ -603,7 +603,8 @@ def learning(result: dict[str, Any], figures: Path) -> list[str]:
             pooled = [mean([s[c] for s in scores if s[c][1] > 0]) for c in range(len(scores[0]))]
             ax.plot(pooled, color=colour, linewidth=1.3, label=label.strip("`"))
         ax.axvline(len(pooled) / 2 - 0.5, color="0.6", linewidth=0.8)
-        ax.set_yscale("symlog", linthresh=1.0)
+        if ax.get_ylim()[1] > 1:
+            ax.set_yscale("symlog", linthresh=1.0)
         plots.style_axes(ax, "chunk", "NLPD, just learnt" if ax is axes[0] else "")
         ax.set_title(change, fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
