@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from gpseq.features.base import as_inputs
-from gpseq.linalg import gaussian_kl, natural_to_moments
+from gpseq.linalg import gaussian_kl
+from gpseq.variational import online
 from gpseq.variational.online import OnlineState
 from gpseq.variational.prior import Prior
 
@@ -178,10 +179,10 @@ def update(
     Raises:
         ValueError: the first bound is not finite: the targets do not suit the likelihood or the prior.
     """
-    sites, convergence = find(state, prior, x, expectation, steps, first_step, longest_step)
     chunk = _chunk(state, prior, x, expectation)
+    sites, convergence = _search(state, chunk, steps, first_step, longest_step, None)
     G, r = _with_sites(state, chunk.A, sites)
-    m, scale_tril = _moments(r, G)
+    m, scale_tril = online.posterior(replace(state, G=G, r=r))
     value = expectation(*chunk.marginals(m, scale_tril)).sum(-1) + past_bound(state, m, scale_tril)
     # As `online.log_evidence` reads it: the evidence of the new state is the value of the bound.
     c = value - scale_tril.diagonal(dim1=-1, dim2=-2).log().sum(-1) - 0.5 * (r * m).sum(-1)
@@ -217,7 +218,18 @@ def find(
     Raises:
         ValueError: the first bound is not finite.
     """
-    chunk = _chunk(state, prior, x, expectation)
+    return _search(state, _chunk(state, prior, x, expectation), steps, first_step, longest_step, start)
+
+
+@torch.no_grad()
+def _search(
+    state: OnlineState,
+    chunk: _Chunk,
+    steps: int | None,
+    first_step: float,
+    longest_step: float,
+    start: Sites | None,
+) -> tuple[Sites, Convergence]:
     sites = start
     if sites is None:
         nothing = torch.zeros_like(chunk.mean).expand(
@@ -225,7 +237,7 @@ def find(
         )
         sites = Sites(nothing, nothing)
     G, r = _with_sites(state, chunk.A, sites)
-    m, scale_tril = _moments(r, G)
+    m, scale_tril = online.posterior(replace(state, G=G, r=r))
     mean, variance = chunk.marginals(m, scale_tril)
     value, alpha, beta = _expected(chunk.expectation, mean, variance)
     value = value + past_bound(state, m, scale_tril)
@@ -243,7 +255,7 @@ def find(
         finite = (target.shift + target.precision).isfinite().all(-1)
         new = _where(finite, _between(sites, target, s), sites)
         G, r = _with_sites(state, chunk.A, new)
-        m, scale_tril = _moments(r, G)
+        m, scale_tril = online.posterior(replace(state, G=G, r=r))
         new_mean, new_variance = chunk.marginals(m, scale_tril)
         new_value, new_alpha, new_beta = _expected(chunk.expectation, new_mean, new_variance)
         new_value = new_value + past_bound(state, m, scale_tril)
@@ -272,7 +284,7 @@ def posterior(state: OnlineState, prior: Prior, x: Tensor, sites: Sites) -> tupl
     """Mean ``(*batch, M)`` and lower covariance factor ``(*batch, M, M)`` of q(v) with the sites of a chunk."""
     A = state.whitened_weights @ prior.covariance(state.nodes, as_inputs(x))
     G, r = _with_sites(state, A, sites)
-    return _moments(r, G)
+    return online.posterior(replace(state, G=G, r=r))
 
 
 def _between(a: Sites, b: Sites, weight: Tensor) -> Sites:
@@ -299,11 +311,6 @@ def _expected(expectation: Expectation, mean: Tensor, variance: Tensor) -> tuple
             return _expected(expectation, mean.expand(values.shape), variance.expand(values.shape))
         alpha, slope = torch.autograd.grad(values.sum(), (mean, variance), materialize_grads=True)
     return values.detach().sum(-1), alpha, (-2 * slope).clamp_min(0.0)
-
-
-def _moments(r: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    return natural_to_moments(r, eye + G, smallest=1.0)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
