@@ -6,11 +6,14 @@ python -m benchmarks.report [--results DIR] [--out DIR]
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.run import CASES
+from benchmarks.tables import table
 from gpseq import plots
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = args.out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    documents = {case: json.loads((args.results / f"{case}.json").read_text()) for case in SECTIONS}
+    documents = {case: json.loads((args.results / f"{case}.json").read_text()) for case in CASES}
     machine = documents["solar"]["machine"]
     parts = [
         "# Benchmarks",
@@ -33,15 +36,10 @@ def main() -> None:
         f"torch {machine['torch']}, GPyTorch {machine['gpytorch']}. Methods are compared within one run on one machine; "
         "absolute times vary from machine to machine and with what else it does.",
     ]
-    for case, section in SECTIONS.items():
+    for case in CASES:
+        section = SECTIONS.get(case) or importlib.import_module(f"benchmarks.{case}").report
         parts += section(documents[case]["result"], figures)
     (args.out / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
-
-
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def solar(result: dict[str, Any], figures: Path) -> list[str]:
@@ -640,6 +638,7 @@ def _square(rows: list[list[float]]) -> list[list[float]]:
     return [row + [float("nan")] * (len(rows) - len(row)) for row in rows]
 
 
+#: A case that is not here has its ``report`` beside its ``run``.
 SECTIONS = {
     "solar": solar,
     "throughput": throughput,
