@@ -74,6 +74,25 @@ def check_jitter(value: Any) -> float | None:
     return number
 
 
+def check_growth(growth: Any) -> float | str | None:
+    """Check how a horizon grows.
+
+    Args:
+        growth: a factor above 1, ``None`` or ``"fixed"``, see ``StreamingGP``.
+
+    Returns:
+        It.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if growth is None or growth == "fixed":
+        return growth
+    if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 1 < growth < math.inf:
+        raise ValueError(f"horizon_growth: expected a factor above 1, None or 'fixed', got {growth!r}.")
+    return float(growth)
+
+
 def check_floating(name: str, value: Any) -> Tensor:
     """A tensor of floating-point numbers.
 

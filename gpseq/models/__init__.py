@@ -2,7 +2,17 @@
 
 from gpseq.models.capacity import CapacityWarning
 from gpseq.models.ensemble import StreamingEnsemble
+from gpseq.models.fleet import StreamingFleet
+from gpseq.models.space_time import SpaceTimeStreamingGP
 from gpseq.models.streaming_gp import ConvergenceWarning, StreamingGP
 from gpseq.models.warmup import fit_hyperparameters
 
-__all__ = ["CapacityWarning", "ConvergenceWarning", "StreamingEnsemble", "StreamingGP", "fit_hyperparameters"]
+__all__ = [
+    "CapacityWarning",
+    "ConvergenceWarning",
+    "SpaceTimeStreamingGP",
+    "StreamingEnsemble",
+    "StreamingFleet",
+    "StreamingGP",
+    "fit_hyperparameters",
+]

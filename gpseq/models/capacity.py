@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Protocol
 
 from gpytorch.kernels import Kernel
 
 from gpseq.checks import stacklevel_outside
 from gpseq.features import CapacityError, HippoFeatures, InducingFeatures
-from gpseq.variational import OnlineState, StreamingVariationalStrategy, online
+from gpseq.variational import OnlineState, Prior, online
 
 #: Mean residual prior variance above which a stream says that its memory is too small.
 CAPACITY_WARNING = 0.01
@@ -21,8 +22,22 @@ class CapacityWarning(UserWarning):
     """The memory cannot hold the prior on its horizon: all times are remembered worse."""
 
 
+class Memory(Protocol):
+    """What can be judged: :class:`gpseq.variational.StreamingVariationalStrategy`, or one axis of a product."""
+
+    @property
+    def prior(self) -> Prior:
+        """The kernel."""
+
+    def prior_of(self, features: InducingFeatures) -> Prior:
+        """The kernel as these features see it."""
+
+    def basis_of(self, features: InducingFeatures) -> OnlineState:
+        """A state that has seen nothing, on the basis of these features."""
+
+
 def judge(
-    strategy: StreamingVariationalStrategy,
+    strategy: Memory,
     features: InducingFeatures,
     max_features: int | None,
     tolerance: float,
@@ -31,7 +46,7 @@ def judge(
     """Judge features that a stream is about to move to; raise their order where that is allowed.
 
     Args:
-        strategy: of the stream.
+        strategy: of the stream, or what else has a basis.
         features: with an interval.
         max_features: how far the order of ``HippoFeatures`` may be raised; ``None`` leaves it. It is never lowered.
         tolerance: admissible mean residual variance, as a fraction of the prior variance.
@@ -65,7 +80,7 @@ def judge(
     return features, basis, length
 
 
-def _residual(strategy: StreamingVariationalStrategy, features: InducingFeatures) -> tuple[OnlineState, float]:
+def _residual(strategy: Memory, features: InducingFeatures) -> tuple[OnlineState, float]:
     """The basis of features, and the largest mean residual prior variance in its batch."""
     basis, probes = strategy.basis_of(features), features.probes()
     assert probes is not None

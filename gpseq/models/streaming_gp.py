@@ -15,7 +15,7 @@ from gpytorch.means import Mean, ZeroMean
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
-from gpseq.checks import check_count, check_inputs, check_jitter, check_number, stacklevel_outside
+from gpseq.checks import check_count, check_growth, check_inputs, check_jitter, check_number, stacklevel_outside
 from gpseq.features import HippoFeatures, InducingFeatures
 from gpseq.models import capacity, learning
 from gpseq.models.observations import (
@@ -144,7 +144,7 @@ class StreamingGP(ApproximateGP):
         self.covar_module = covar_module
         self.mean_module = ZeroMean() if mean_module is None else mean_module
         self.likelihood = likelihood
-        self.horizon_growth = _check_growth(horizon_growth)
+        self.horizon_growth = check_growth(horizon_growth)
         self.learn, self.max_features, self.tolerance = learn, max_features, tolerance
         with torch.inference_mode(False):
             self.variational_strategy = StreamingVariationalStrategy(self, features, jitter, transfer)
@@ -269,6 +269,7 @@ class StreamingGP(ApproximateGP):
         extend_horizon: bool = False,
         steps: int | None = None,
         step_size: float | None = None,
+        share: bool = False,
     ) -> StreamingGP:
         """A new model of the same type that has also seen (x, y); this one is untouched.
 
@@ -285,6 +286,7 @@ class StreamingGP(ApproximateGP):
             extend_horizon: move the features where ``x`` passes them, as an update would; fantasies usually should not.
             steps: as in :meth:`update`.
             step_size: as in :meth:`update`.
+            share: give the new model these hyperparameter modules instead of copies.
 
         Returns:
             The new model, with copies of all hyperparameters. Nothing is learnt.
@@ -308,7 +310,10 @@ class StreamingGP(ApproximateGP):
         if not data.empty:
             state, convergence = self._absorb(state, data, steps, step_size)
         # The copy shares this model's state tensors (values are never changed in place), so a graph in them survives.
-        new = copy.deepcopy(self, {id(tensor): tensor for _, tensor in self.state.items()})
+        kept: list[Any] = [tensor for _, tensor in self.state.items()]
+        if share:
+            kept += [m for part in (self.covar_module, self.mean_module, self.likelihood) for m in part.modules()]
+        new = copy.deepcopy(self, {id(value): value for value in kept})
         new._replace(copy.deepcopy(features), state, warned_at, convergence)
         return new
 
@@ -521,14 +526,6 @@ class StreamingGP(ApproximateGP):
         # Judged at every change of features or hyperparameters, and before the first data.
         strategy = self.variational_strategy
         return capacity.judge(strategy, features, self.max_features, self.tolerance, self._capacity_warned_at)
-
-
-def _check_growth(growth: float | str | None) -> float | str | None:
-    if growth is None or growth == "fixed":
-        return growth
-    if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not 1 < growth < math.inf:
-        raise ValueError(f"horizon_growth: expected a factor above 1, None or 'fixed', got {growth!r}.")
-    return float(growth)
 
 
 def _report(convergence: Convergence, asked_for_few: bool) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import gpytorch
 import torch
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, Likelihood
 from gpytorch.means import Mean, ZeroMean
-from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
 from gpseq.checks import check_count, check_floating
 from gpseq.features.base import as_inputs
-from gpseq.models.scales import Scale, chain_gradients, scales_of
-
-#: Standard deviation of the random starts in the logarithm of a scale: a factor of ten each way is common.
-_START_SPREAD = 2.0
+from gpseq.models.search import maximise
 
 
 class _Window(gpytorch.models.ExactGP):
@@ -87,61 +82,16 @@ def fit_hyperparameters(
         got = type(likelihood).__name__
         raise TypeError(f"likelihood: expected GaussianLikelihood where no noise is given, got {got}.")
     mean_module = ZeroMean() if mean_module is None else mean_module
-    originals = torch.nn.ModuleList([covar_module, mean_module, window_likelihood])
     # A copy is fitted, so that a failure leaves the caller's modules, dtypes and gradients alone.
+    originals = torch.nn.ModuleList([covar_module, mean_module, window_likelihood])
     fitted = copy.deepcopy(originals).double()
     window = _Window(x, y, fitted[2], fitted[1], fitted[0]).train()
-    scales = scales_of(fitted)
-    first = [scale.read() for scale in scales]
-    best, best_value = first, -math.inf
-    for start in range(num_starts):
-        theta = [value.clone() for value in first]
-        if start > 0:
-            for value in theta:
-                value += _START_SPREAD * torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value)
-        reached, where = _maximise(window, scales, theta, max_iterations)
-        if reached > best_value:
-            best_value, best = reached, where
-    if best_value == -math.inf:
-        raise RuntimeError(f"The marginal likelihood was not finite from any of {num_starts} starts.")
-    for scale, value in zip(scales_of(originals), best, strict=True):
-        scale.write(value)
-    return best_value
-
-
-def _maximise(
-    window: _Window, scales: list[Scale], theta: list[Tensor], max_iterations: int
-) -> tuple[float, list[Tensor]]:
-    """L-BFGS from ``theta``: the best value met on the way, minus infinity if none was finite, and where."""
-    x, y = window.train_inputs[0], window.train_targets
     objective = gpytorch.mlls.ExactMarginalLogLikelihood(window.likelihood, window)
-    best_value, best = -math.inf, theta
-    theta = [value.requires_grad_() for value in theta]
-
-    def loss() -> Tensor:
-        nonlocal best_value, best
-        raw = [scale.raw(value) for scale, value in zip(scales, theta, strict=True)]
-        for scale, value in zip(scales, theta, strict=True):
-            scale.write(value)
-        window.zero_grad()
-        value = objective(window(x), y) * len(y)
-        if value.item() > best_value:
-            best_value, best = value.item(), [t.detach().clone() for t in theta]
-        if value.requires_grad:
-            (-value).backward()
-        chain_gradients(scales, theta, raw)
-        return -value.detach()
-
     # Above max_cholesky_size GPyTorch would answer with a stochastic estimate, which a line search cannot use.
-    with gpytorch.settings.max_cholesky_size(len(y) + 1), torch.enable_grad():
-        try:
-            if theta:
-                torch.optim.LBFGS(theta, max_iter=max_iterations, line_search_fn="strong_wolfe").step(loss)
-            else:
-                loss()
-        except (NanError, NotPSDError):
-            pass  # a step too far; what was met before it counts
-    return best_value if math.isfinite(best_value) else -math.inf, best
+    with gpytorch.settings.max_cholesky_size(len(y) + 1):
+        return maximise(
+            lambda: objective(window(x), y) * len(y), fitted, originals, num_starts, max_iterations, generator
+        )
 
 
 def _check_window(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

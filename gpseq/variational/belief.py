@@ -1,21 +1,28 @@
-"""Where a strategy keeps its online state: float64 buffers that are read and replaced as one value."""
+"""Where a model keeps its online state: float64 buffers that are read and replaced as one value."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gpseq.precision import Float64Buffers
-from gpseq.variational.online import OnlineState
-
-_FIELDS = tuple(field.name for field in fields(OnlineState))
 
 
-class Belief(Float64Buffers):
-    """Holds one :class:`OnlineState`.
+class Value(Protocol):
+    """A frozen dataclass of tensors."""
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all fields, in the order of the constructor."""
+
+
+State = TypeVar("State", bound=Value)
+
+
+class Belief(Float64Buffers, Generic[State]):
+    """Holds one :class:`OnlineState`, or another frozen dataclass of tensors.
 
     Its buffers follow ``.to(device)``, stay float64, and are part of the state dict; a state of another size loads
     as it was saved, because the number of features may have grown since the model was built.
@@ -32,25 +39,27 @@ class Belief(Float64Buffers):
         (4, 'G')
     """
 
-    def __init__(self, state: OnlineState) -> None:
+    def __init__(self, state: State) -> None:
         super().__init__()
-        for name, tensor in state.detach().items():
-            self.register_buffer(name, tensor)
+        self._kind = type(state)
+        self._fields = tuple(name for name, _ in state.items())
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor.detach())
 
     @property
-    def state(self) -> OnlineState:
+    def state(self) -> State:
         """The present value."""
         buffers: dict[str, Any] = self._buffers  # by name, because attributes of modules are slow
-        return OnlineState(*(buffers[name] for name in _FIELDS))
+        return self._kind(*(buffers[name] for name in self._fields))
 
     @state.setter
-    def state(self, state: OnlineState) -> None:
+    def state(self, state: State) -> None:
         for name, tensor in state.items():
             self._buffers[name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Loading copies into buffers, but a state is a value that others may hold: give it new ones.
-        for name in _FIELDS:
+        for name in self._fields:
             saved, buffer = state_dict.get(f"{prefix}{name}"), getattr(self, name)
             self._buffers[name] = (
                 torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)

@@ -209,13 +209,29 @@ def transfer(state: OnlineState, basis: OnlineState, prior: Prior, method: str =
     """
     if method not in TRANSFERS:
         raise ValueError(f"method: expected one of {TRANSFERS}, got {method!r}.")
-    B = prior.between(basis.whitened_weights, basis.nodes, state.whitened_weights, state.nodes)
-    C = None
-    if not torch.equal(state.hyperparameters, basis.hyperparameters):
-        C = _old_basis_covariance(state, prior)
+    B, C = bridge(state, basis, prior)
+    if C is not None:
         state = _shift_mean(state, prior)
     G, r, c = (_transfer_vfe if method == "vfe" else _transfer_adf)(state, B, C)
     return replace(basis, G=0.5 * (G + G.mT), r=r, c=c, count=state.count)
+
+
+def bridge(state: OnlineState, basis: OnlineState, prior: Prior) -> tuple[Tensor, Tensor | None]:
+    r"""Whitened covariances that lead from one basis to another, under the current hyperparameters.
+
+    Args:
+        state: on the old basis.
+        basis: the new one.
+        prior: current kernel and mean.
+
+    Returns:
+        B, ``(*batch, M_b, M_a)``, and C, ``(*batch, M_a, M_a)``, or ``None`` where it is the identity because the
+        hyperparameters are those of the old basis; see :func:`transfer`.
+    """
+    B = prior.between(basis.whitened_weights, basis.nodes, state.whitened_weights, state.nodes)
+    if torch.equal(state.hyperparameters, basis.hyperparameters):
+        return B, None
+    return B, _old_basis_covariance(state, prior)
 
 
 def _shift_mean(state: OnlineState, prior: Prior) -> OnlineState:
