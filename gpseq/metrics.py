@@ -47,3 +47,236 @@ def nlpd(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """
     squared = (target - mean).square() / variance
     return 0.5 * (math.log(2 * math.pi) + torch.log(variance) + squared).mean(-1)
+
+
+def accuracy(predicted: Tensor, target: Tensor) -> Tensor:
+    r"""Fraction of labels that are right, :math:`\tfrac1n \sum_i [\hat y_i = y_i]`.
+
+    Args:
+        predicted: labels, ``(*batch, n)``; of probabilities ``p`` take ``p.argmax(-1)`` or ``p > 0.5``.
+        target: the true labels, ``(*batch, n)``.
+
+    Returns:
+        ``(*batch)``, float64, from 0 to 1; NaN where ``n`` is 0.
+
+    Example:
+        >>> accuracy(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0]))
+        tensor(0.7500, dtype=torch.float64)
+    """
+    return (predicted == target).double().mean(-1)
+
+
+def bernoulli_nlpd(probability: Tensor, target: Tensor) -> Tensor:
+    r"""Negative log probability of labels 0 or 1, averaged.
+
+    .. math:: -\tfrac1n \sum_i \left( y_i \log p_i + (1 - y_i) \log(1 - p_i) \right)
+
+    Args:
+        probability: of label 1, ``(*batch, n)``.
+        target: the true labels, ``(*batch, n)``, 0 or 1 in any dtype.
+
+    Returns:
+        ``(*batch)``, in nats; infinite where something was held for impossible and happened, NaN where ``n`` is 0.
+
+    Example:
+        >>> bernoulli_nlpd(torch.tensor([0.5, 0.9]), torch.tensor([0, 1]))
+        tensor(0.3993)
+    """
+    one = target.to(probability.dtype)
+    return -(torch.xlogy(one, probability) + torch.xlogy(1 - one, 1 - probability)).mean(-1)
+
+
+def categorical_nlpd(probability: Tensor, target: Tensor) -> Tensor:
+    r"""Negative log probability of the true classes, averaged, :math:`-\tfrac1n \sum_i \log p_{i, y_i}`.
+
+    For logits, ``torch.nn.functional.cross_entropy`` is the same without a loss of digits.
+
+    Args:
+        probability: of each class, ``(*batch, n, C)``, summing to one over ``C``.
+        target: the true classes, ``(*batch, n)``, integers from 0 to C - 1.
+
+    Returns:
+        ``(*batch)``, in nats; infinite where something was held for impossible and happened, NaN where ``n`` is 0.
+
+    Example:
+        >>> categorical_nlpd(torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.1, 0.8]]), torch.tensor([0, 2]))
+        tensor(0.4581)
+    """
+    index = target.unsqueeze(-1).expand(*probability.shape[:-1], 1)
+    return -probability.gather(-1, index).squeeze(-1).log().mean(-1)
+
+
+def average_score(matrix: Tensor) -> Tensor:
+    r"""Mean score over the tasks seen so far, after each task.
+
+    .. math:: A_k = \tfrac1{k + 1} \sum_{j \le k} R_{kj}
+
+    Args:
+        matrix: ``(*batch, S, T)``, ``S <= T``; entry ``[k, j]`` is the score on task j after task k was learnt. Future
+            tasks, ``j > k``, are not looked at. A task that was never scored (NaN in every row from its own on) is left
+            out. Any other NaN makes the result NaN: a method that broke down must not look better for it.
+
+    Returns:
+        ``(*batch, S)``, in the unit of the score; NaN where no task that was seen has been scored.
+
+    Raises:
+        ValueError: the matrix has another shape.
+
+    Source:
+        Lopez-Paz and Ranzato (2017), Gradient episodic memory for continual learning, ACC; Chaudhry et al. (2018),
+        Riemannian walk for incremental learning, section 3.
+
+    Example:
+        >>> average_score(torch.tensor([[0.9, torch.nan], [0.5, 0.7]]))
+        tensor([0.9000, 0.6000])
+    """
+    row, column = _check_matrix(matrix)
+    return _mean(matrix, (column <= row) & _scored(matrix).unsqueeze(-2))
+
+
+def forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
+    r"""How much worse each past task is known than it once was, after each later task.
+
+    .. math:: F_{kj} = \max_{j \le l < k} R_{lj} - R_{kj}, \qquad j < k,
+
+    and :math:`R_{kj} - \min_l R_{lj}` for scores of which lower ones are better. Positive means worse; negative values
+    are possible and mean that the task is known better than ever before. Scores from before a task was learnt do not
+    count: there was nothing to forget.
+
+    Args:
+        matrix: ``(*batch, S, T)``, ``S <= T``; entry ``[k, j]`` is the score on task j after task k was learnt. Future
+            tasks are not looked at; NaN anywhere from ``[j, j]`` to ``[k, j]`` gives NaN.
+        higher_is_better: true of accuracies, false of errors and negative log densities.
+
+    Returns:
+        ``(*batch, S, T)``, in the unit of the score; NaN where ``j >= k``.
+
+    Raises:
+        ValueError: the matrix has another shape.
+
+    Source:
+        Chaudhry et al. (2018), Riemannian walk for incremental learning, section 3, where the maximum is over all
+        l < k.
+
+    Example:
+        >>> matrix = torch.tensor([[0.9, torch.nan, torch.nan], [0.95, 0.8, torch.nan], [0.6, 0.9, 0.7]])
+        >>> forgetting(matrix)[-1]
+        tensor([ 0.3500, -0.1000,     nan])
+    """
+    row, column = _check_matrix(matrix)
+    score = matrix if higher_is_better else -matrix
+    learnt = torch.where(column > row, -torch.inf, score)
+    best = learnt.cummax(-2).values  # goes on being NaN below a NaN
+    before = torch.cat([torch.full_like(best[..., :1, :], torch.nan), best[..., :-1, :]], dim=-2)
+    return torch.where(column < row, before - score, torch.nan)
+
+
+def average_forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
+    r"""Mean of :func:`forgetting` over the past tasks, after each task, :math:`\tfrac1k \sum_{j<k} F_{kj}`.
+
+    Args:
+        matrix: as for :func:`forgetting`; NaN as for :func:`average_score`.
+        higher_is_better: as for :func:`forgetting`.
+
+    Returns:
+        ``(*batch, S)``, in the unit of the score; NaN after the first task, which has no past.
+
+    Raises:
+        ValueError: the matrix has another shape.
+
+    Source:
+        Chaudhry et al. (2018), section 3.
+
+    Example:
+        >>> average_forgetting(torch.tensor([[0.9, torch.nan], [0.6, 0.8]]))
+        tensor([   nan, 0.3000])
+    """
+    row, column = _check_matrix(matrix)
+    return _mean(forgetting(matrix, higher_is_better), (column < row) & _scored(matrix).unsqueeze(-2))
+
+
+def backward_transfer(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
+    r"""What later tasks did to earlier ones: mean gain from when a task was just learnt to the end.
+
+    .. math:: \mathrm{BWT} = \tfrac1{S - 1} \sum_{j < S - 1} \left( R_{S-1, j} - R_{jj} \right)
+
+    with the sign turned for scores of which lower ones are better, so that negative always means forgetting.
+
+    Args:
+        matrix: as for :func:`forgetting`; NaN as for :func:`average_score`.
+        higher_is_better: as for :func:`forgetting`.
+
+    Returns:
+        ``(*batch)``, in the unit of the score; NaN after one task only.
+
+    Raises:
+        ValueError: the matrix has another shape.
+
+    Source:
+        Lopez-Paz and Ranzato (2017), Gradient episodic memory for continual learning, BWT.
+
+    Example:
+        >>> backward_transfer(torch.tensor([[0.9, torch.nan], [0.6, 0.8]]))
+        tensor(-0.3000)
+    """
+    _check_matrix(matrix)
+    seen = matrix.shape[-2]
+    gain = matrix[..., -1, : seen - 1] - matrix.diagonal(dim1=-2, dim2=-1)[..., : seen - 1]
+    return _mean(gain if higher_is_better else -gain, _scored(matrix)[..., : seen - 1])
+
+
+def forward_transfer(matrix: Tensor, baseline: Tensor, higher_is_better: bool = True) -> Tensor:
+    r"""What earlier tasks did for later ones: mean gain over a baseline just before a task is learnt.
+
+    .. math:: \mathrm{FWT} = \tfrac1{S - 1} \sum_{j = 1}^{S - 1} \left( R_{j-1, j} - b_j \right)
+
+    with the sign turned for scores of which lower ones are better, so that positive always means help.
+
+    Args:
+        matrix: ``(*batch, S, T)`` with the entries right of the diagonal, see ``future`` of
+            :func:`gpseq.continual.evaluate`; NaN among the entries used gives NaN, unless the task was never scored.
+        baseline: ``(*batch, T)``, the score of each task by a learner that has seen nothing.
+        higher_is_better: as for :func:`forgetting`.
+
+    Returns:
+        ``(*batch)``, in the unit of the score; NaN after one task only.
+
+    Raises:
+        ValueError: the matrix or the baseline has another shape.
+
+    Source:
+        Lopez-Paz and Ranzato (2017), Gradient episodic memory for continual learning, FWT.
+
+    Example:
+        >>> forward_transfer(torch.tensor([[0.9, 0.6], [0.6, 0.8]]), torch.tensor([0.5, 0.5]))
+        tensor(0.1000)
+    """
+    _check_matrix(matrix)
+    if baseline.shape[-1:] != matrix.shape[-1:]:
+        raise ValueError(f"baseline: expected {matrix.shape[-1]} tasks, got shape {tuple(baseline.shape)}.")
+    seen = matrix.shape[-2]
+    before = matrix[..., : seen - 1, 1:].diagonal(dim1=-2, dim2=-1)
+    gain = before - baseline[..., 1:seen]
+    return _mean(gain if higher_is_better else -gain, _scored(matrix)[..., 1:seen])
+
+
+def _check_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows ``(S, 1)`` and of the columns ``(T,)``."""
+    if not matrix.is_floating_point() or matrix.dim() < 2 or not 1 <= matrix.shape[-2] <= matrix.shape[-1]:
+        raise ValueError(
+            "matrix: expected floating-point scores of shape (*batch, S, T) with 1 <= S <= T, got "
+            f"{matrix.dtype} of shape {tuple(matrix.shape)}."
+        )
+    row, column = (torch.arange(size, device=matrix.device) for size in matrix.shape[-2:])
+    return row.unsqueeze(-1), column
+
+
+def _scored(matrix: Tensor) -> Tensor:
+    """Which tasks have a score in their own row or below, ``(*batch, T)``."""
+    row, column = _check_matrix(matrix)
+    return (~matrix.isnan() & (column <= row)).any(-2)
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of those that count over the last axis; NaN where none does."""
+    return torch.where(counted, values, 0.0).sum(-1) / counted.sum(-1)
