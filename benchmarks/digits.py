@@ -18,7 +18,6 @@ from examples.continual.run import (
     STRENGTHS,
     StreamedGP,
     TrainedHead,
-    draw_matrices,
     follow,
     frozen_features,
     jointly,
@@ -157,7 +156,7 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
     }
     figure = plots.new_figure(13, 3.0)
     names = Evaluation.from_dict(first[0]["methods"][shown[0]]).names
-    draw_matrices(list(figure.subplots(1, len(shown))), matrices, "accuracy", names)
+    plots.plot_task_scores(list(figure.subplots(1, len(shown))), matrices, names)
     plots.save_figure(figure, figures / "digits.png")
     parts.append("![Accuracy on every past task after every later one, digits, mean of the seeds](figures/digits.png)")
     for stream in result["streams"].values():

@@ -17,6 +17,8 @@ from pathlib import Path
 
 CASES = ("solar", "throughput", "conditioning", "covariance", "stretching", "series")
 CASES += ("counts", "moons", "memories", "adaptive", "paths", "learning")
+CASES += ("experiments_series", "experiments_tables", "experiments_counts", "experiments_moons")
+CASES += ("space_time", "fleet", "digits", "fantasies", "drift")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpytorch.constraints import GreaterThan
 from gpytorch.kernels import Kernel, MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
@@ -221,7 +222,8 @@ class _Points(OptimisedRows):
         rows = torch.randperm(len(x), generator=self.generator)[:SAMPLE]
         # The bound of the sample counts each of its rows as often as it stands for one of the task.
         weight = len(x) / len(rows)
-        exact, self.likelihood = self.likelihood, GaussianLikelihood().double()
+        exact = self.likelihood
+        self.likelihood = GaussianLikelihood(noise_constraint=GreaterThan(1e-12)).double()
         self.likelihood.noise = exact.noise / weight
         try:
             return super()._climb(points, x[rows], y[rows])

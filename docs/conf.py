@@ -31,7 +31,11 @@ html_theme = "furo"
 html_title = f"gpseq {version}"
 
 nitpicky = True
-nitpick_ignore = [("py:class", "gpseq.precision.Result")]  # a type variable
+# Type variables.
+nitpick_ignore = [
+    ("py:class", "gpseq.precision.Result"),
+    *((role, name) for role in ("py:class", "py:obj") for name in ("State", "gpseq.variational.belief.State")),
+]
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -49,6 +53,7 @@ SITES = {
     "matplotlib": "https://matplotlib.org/stable/",
     "torch": "https://docs.pytorch.org/docs/stable/",
     "gpytorch": "https://docs.gpytorch.ai/en/stable/",
+    "botorch": "https://botorch.readthedocs.io/en/stable/",
     "linear_operator": "https://linear-operator.readthedocs.io/en/stable/",
 }
 

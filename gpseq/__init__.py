@@ -15,13 +15,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpseq import datasets, features, hippo, likelihoods, linalg, metrics, mlls, models, plots, storage, variational
+    from gpseq import (
+        continual,
+        datasets,
+        features,
+        hippo,
+        integrations,
+        likelihoods,
+        linalg,
+        metrics,
+        mlls,
+        models,
+        plots,
+        storage,
+        variational,
+    )
 
 __all__ = [
     "__version__",
+    "continual",
     "datasets",
     "features",
     "hippo",
+    "integrations",
     "likelihoods",
     "linalg",
     "metrics",

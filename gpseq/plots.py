@@ -277,6 +277,47 @@ def plot_past_errors(
     bar.outline.set_visible(False)
 
 
+def plot_task_scores(
+    axes: Axes | Sequence[Axes], scores: Mapping[str, ArrayLike], names: Sequence[str], score_label: str = "accuracy"
+) -> None:
+    """Draw a score between 0 and 1 on every past task after every later one, with its numbers in per cent.
+
+    Args:
+        axes: one axes for each method.
+        scores: name of the method -> ``(T, T)``; entry ``[k, j]`` is the score on task ``j`` after task ``k`` was
+            learnt, NaN where there is none.
+        names: of the tasks, T.
+        score_label: label of the colour bar.
+
+    Raises:
+        ValueError: the number of axes is not that of the methods, or a matrix has not the shape of the names.
+    """
+    axes = [axes] if not isinstance(axes, Sequence | np.ndarray) else list(axes)
+    if len(axes) != len(scores):
+        raise ValueError(f"axes: one for each of {len(scores)} methods, got {len(axes)}.")
+    ticks = np.arange(len(names)) + 1
+    edges = np.arange(len(names) + 1) + 0.5
+    for index, (ax, (name, given)) in enumerate(zip(axes, scores.items(), strict=True)):
+        matrix = np.asarray(given, float)
+        if matrix.shape != (len(names), len(names)):
+            raise ValueError(f"scores[{name!r}] must have shape {(len(names), len(names))}, got {matrix.shape}.")
+        mesh = ax.pcolormesh(edges, edges, np.ma.masked_invalid(matrix.T), cmap="viridis", vmin=0, vmax=1)
+        mesh.set_edgecolor("white")
+        for (k, j), value in np.ndenumerate(matrix):
+            if np.isfinite(value):
+                color = "white" if value < 0.6 else "black"
+                ax.text(k + 1, j + 1, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
+        style_axes(ax, "tasks learnt", "task" if index == 0 else "")
+        ax.grid(False)
+        ax.set_title(f"{name}: {100 * matrix[-1].mean():.0f} % at the end", loc="left", fontsize=9)
+        ax.set_xticks(ticks)
+        ax.set_yticks(ticks, names if index == 0 else [""] * len(names))
+    bar = axes[0].figure.colorbar(mesh, ax=axes, pad=0.01, aspect=14)
+    bar.set_label(score_label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
 def style_axes(ax: Axes, xlabel: str, ylabel: str) -> None:
     """Give axes the look of every picture here: no box, a faint grid, small labels.
 

@@ -34,6 +34,11 @@ SIBLINGS = {("generative", "models"), ("reconfiguration", "nn")}  # the only one
 # What may be imported when a module is imported: the declared dependencies, and numpy, which comes with them. All else
 # is an extra, imported inside the function that needs it.
 EAGER = {"torch", "gpytorch", "linear_operator", "numpy", "gpseq"} | set(sys.stdlib_module_names)
+# A class that subclasses a host's needs the host when its module is imported, and its module needs nothing else.
+HOSTS = {
+    "gpseq.integrations.botorch": {"botorch"},
+    "gpseq.integrations.botorch_transforms": {"botorch"},
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             if reason := objection(parts[1], unit):
                 found.append(f"{where} imports gpseq.{unit}: {reason}")
         library = item.module.split(".")[0]
-        if not item.lazy and library not in EAGER:
+        if not item.lazy and library not in EAGER | HOSTS.get(module, set()):
             found.append(f"{where} imports {library} at import time: import it inside the function that needs it")
         if parts[1] == "distributed" and units(item) == {"variational"} and item.module != "gpseq.variational.online":
             found.append(f"{where} imports {item.module}: distributed sees gpseq.variational.online only")
@@ -172,6 +177,8 @@ BAD = {
     ),
     "sibling": ("gpseq.nn.attention", "from gpseq.models import StreamingGP", "siblings meet by protocol"),
     "sibling, the wrong way": ("gpseq.models.streaming_gp", "import gpseq.generative", "siblings meet by protocol"),
+    "eager host of another": ("gpseq.integrations.timm", "import botorch", "imports botorch at import time"),
+    "eager extra in a host's module": ("gpseq.integrations.botorch", "import tqdm", "imports tqdm at import time"),
     "impure mathematics": ("gpseq.hippo", "from gpseq import storage", "pure functions import nothing"),
     "integrations": ("gpseq.cli", "import gpseq.integrations.botorch", "nobody imports integrations"),
     "unknown room": ("gpseq.features.base", "from gpseq.utils import helper", "utils has no floor yet"),
@@ -187,6 +194,7 @@ GOOD = {
     "own room, relative": ("gpseq.features.hippo", "from .base import InducingFeatures"),
     "declared siblings": ("gpseq.generative.gp_vae", "from gpseq.models import StreamingGP"),
     "linalg": ("gpseq.sgpa", "from gpseq.linalg import cholesky"),
+    "a host": ("gpseq.integrations.botorch", "from botorch.models import SingleTaskGP"),
     "lazy extra": ("gpseq.plots", "def draw():\n    import matplotlib.pyplot as plt"),
     "extra for the type checker": ("gpseq.plots", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
     "distributed": ("gpseq.distributed", "from gpseq.variational.online import OnlineState"),

@@ -184,3 +184,18 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'gpseq\[cli\]'"):
         plots.new_figure()
+
+
+def test_task_scores_show_every_number_that_there_is() -> None:
+    scores = np.array([[0.9, np.nan], [0.25, 1.0]])
+    pair = list(plots.new_figure().subplots(1, 2))
+    plots.plot_task_scores(pair, {"ours": scores, "theirs": torch.from_numpy(scores)}, ["a", "b"])
+    for ax in pair:
+        shown = {(text.get_position(), text.get_text()) for text in ax.texts}
+        assert shown == {((1, 1), "90"), ((2, 1), "25"), ((2, 2), "100")}
+    assert pair[0].get_title(loc="left") == "ours: 62 % at the end"
+    assert [label.get_text() for label in pair[0].get_yticklabels()] == ["a", "b"]
+    with pytest.raises(ValueError, match="axes: one for each of 1 methods, got 2"):
+        plots.plot_task_scores(pair, {"ours": scores}, ["a", "b"])
+    with pytest.raises(ValueError, match=r"scores\['ours'\] must have shape \(3, 3\), got \(2, 2\)"):
+        plots.plot_task_scores(pair[0], {"ours": scores}, ["a", "b", "c"])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.likelihoods import BernoulliLikelihood, FixedNoiseGaussianLikelihood
@@ -280,32 +279,6 @@ def follow_moons(ax: Any, num: int, seed: int, resolution: int) -> Evaluation:
     return found
 
 
-# ---- the figure
-
-
-def draw_matrices(axes: Sequence[Any], matrices: dict[str, Any], label: str, names: Sequence[str]) -> None:
-    """Accuracy on each past task after each later one, with the numbers: one panel a method, one colour scale."""
-    for index, (ax, (name, values)) in enumerate(zip(axes, matrices.items(), strict=True)):
-        values = np.asarray(values, float)
-        edges = np.arange(len(values) + 1) + 0.5
-        mesh = ax.pcolormesh(edges, edges, np.ma.masked_invalid(values.T), cmap="viridis", vmin=0, vmax=1)
-        mesh.set_edgecolor("white")
-        for (k, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                color = "white" if value < 0.6 else "black"
-                ax.text(k + 1, j + 1, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
-        plots.style_axes(ax, "tasks learnt", "classes of the task" if index == 0 else "")
-        ax.grid(False)
-        ax.set_title(f"{name}: {100 * values[-1].mean():.0f} % at the end", loc="left", fontsize=9)
-        ticks = np.arange(len(names)) + 1
-        ax.set_xticks(ticks)
-        ax.set_yticks(ticks, names if index == 0 else [""] * len(names))
-    bar = axes[0].figure.colorbar(mesh, ax=list(axes), pad=0.01, aspect=14)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-
-
 def main() -> None:
     """Run both streams, print the scores, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -333,8 +306,8 @@ def main() -> None:
     above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     axes = list(above.subplots(1, 3)) + list(below.subplots(1, 3, width_ratios=[1, 1, 1.2]))
     moons = axes.pop()
-    draw_matrices(axes[:3], dict(list(matrices.items())[:3]), "accuracy", tasks.names)
-    draw_matrices(axes[3:], dict(list(matrices.items())[3:]), "accuracy", tasks.names)
+    plots.plot_task_scores(axes[:3], dict(list(matrices.items())[:3]), tasks.names)
+    plots.plot_task_scores(axes[3:], dict(list(matrices.items())[3:]), tasks.names)
     found = follow_moons(moons, 200 if args.smoke else 600, args.seed, 30 if args.smoke else 120)
     print(f"two moons, accuracy on each task after the last: {found.scores['accuracy'].values[-1].tolist()}")
     path = args.out / "continual.png"

@@ -4,7 +4,8 @@ from gpseq.features.base import InducingFeatures
 from gpseq.features.composite import CompositeFeatures, PyramidFeatures
 from gpseq.features.hippo import CapacityError, HippoFeatures
 from gpseq.features.path import PathFeatures
-from gpseq.features.points import InducingPoints
+from gpseq.features.points import InducingPoints, spread_points
+from gpseq.features.products import space_time_features
 from gpseq.features.selected import SelectedPoints
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "PathFeatures",
     "PyramidFeatures",
     "SelectedPoints",
+    "space_time_features",
+    "spread_points",
 ]

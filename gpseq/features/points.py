@@ -8,7 +8,7 @@ import torch
 from linear_operator.operators import IdentityLinearOperator, LinearOperator
 from torch import Tensor
 
-from gpseq.checks import check_floating
+from gpseq.checks import check_count, check_floating
 from gpseq.features.base import InducingFeatures, as_inputs
 
 
@@ -69,3 +69,24 @@ class InducingPoints(InducingFeatures):
     def extra_repr(self) -> str:
         """Shape of the points."""
         return f"points={tuple(self.points.shape)}"
+
+
+def spread_points(num_points: int, num_dims: int) -> Tensor:
+    """Points that fill the unit cube: evenly spaced in one dimension, a scrambled Sobol sequence in more.
+
+    Args:
+        num_points: how many.
+        num_dims: d.
+
+    Returns:
+        ``(num_points, d)``, float64; always the same.
+
+    Example:
+        >>> spread_points(3, 1).squeeze(-1)
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    check_count("num_points", num_points)
+    check_count("num_dims", num_dims)
+    if num_dims == 1:
+        return torch.linspace(0.0, 1.0, num_points, dtype=torch.float64).unsqueeze(-1)
+    return torch.quasirandom.SobolEngine(num_dims, scramble=True, seed=0).draw(num_points, dtype=torch.float64)

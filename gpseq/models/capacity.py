@@ -15,7 +15,7 @@ from gpseq.variational import OnlineState, Prior, online
 CAPACITY_WARNING = 0.01
 
 #: A capacity warning does not search for more features than this: the search takes seconds there.
-MOST_ADVISED = 1024
+MOST_ADVISED = 512
 
 
 class CapacityWarning(UserWarning):

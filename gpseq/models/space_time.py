@@ -167,7 +167,7 @@ class SpaceTimeStreamingGP(GP):
 
     @property
     def num_dims(self) -> int:
-        """Columns of inputs: time, and the coordinates of a place."""
+        """How many columns inputs have, that of time among them."""
         return 1 + self.space_features.num_dims
 
     # --- what is known ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from gpseq.variational.prior import Prior
 #: What each stream has of its own; the rest of a state is the basis.
 OWN = ("G", "r", "c", "count")
 
-#: Streams are updated in blocks whose kernel values are at most so many numbers: they stay in the processor's cache.
+#: Most kernel values of a block of streams that are updated together, so that they stay in the processor's cache.
 BLOCK = 2**19
 
 

@@ -29,7 +29,7 @@ _LARGEST_PRECISION = 1e14
 
 
 @dataclass(frozen=True)
-class _Moments:
+class Moments:
     r"""What both forms share.
 
     Attributes:
@@ -50,7 +50,7 @@ class _Moments:
 
 
 @dataclass(frozen=True)
-class ProductPosterior(_Moments):
+class ProductPosterior(Moments):
     r"""One term: :math:`P = I + \Gamma \otimes H`, which two small eigendecompositions diagonalise.
 
     Attributes:
@@ -80,7 +80,7 @@ class ProductPosterior(_Moments):
 
 
 @dataclass(frozen=True)
-class DensePosterior(_Moments):
+class DensePosterior(Moments):
     """Several terms: P as it is.
 
     Attributes:
