@@ -182,7 +182,7 @@ def follow(task: Task, make: Callable[[], Method], seed: int) -> Trace:
     steps = torch.arange(task.num_steps, dtype=torch.float64)
     x = torch.rand(WARM_UP, generator=generator, dtype=torch.float64)
     method, trace = make(), Trace([], [], [], [])
-    begun = time.perf_counter()
+    begun = time.process_time()
     method.learn(x, steps[:WARM_UP], task(x, steps[:WARM_UP]) + noise[:WARM_UP], refit=True)
     for index in range(WARM_UP, task.num_steps):
         step = steps[index : index + 1]
@@ -194,7 +194,7 @@ def follow(task: Task, make: Callable[[], Method], seed: int) -> Trace:
         trace.x.append(x.item())
         trace.regret.append((task(GRID, step).max() - f).item())
         method.learn(x, step, f + noise[index : index + 1], refit=index % REFIT_EVERY == 0)
-        trace.seconds.append(time.perf_counter() - begun)
+        trace.seconds.append(time.process_time() - begun)
         trace.numbers.append(method.numbers)
-        begun = time.perf_counter()
+        begun = time.process_time()
     return trace
