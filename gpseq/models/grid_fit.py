@@ -62,14 +62,14 @@ def fit_on_grid(
     def objective() -> Tensor:
         K_t, K_s = evaluate(kernel_t, times, times), evaluate(kernel_s, locations, locations)
         value = log_marginal(K_t, K_s, noise_of.noise.squeeze(), y - prior.mean_on(times, locations, frozen=False))
-        for _, module, log_prior, closure, _ in fitted_priors(fitted):
+        for _, module, log_prior, closure, _ in _priors(fitted):
             value = value + log_prior.log_prob(closure(module)).sum()
         return value
 
     return maximise(objective, fitted, originals, num_starts, max_iterations, generator)
 
 
-def fitted_priors(modules: torch.nn.ModuleList) -> list[tuple]:
+def _priors(modules: torch.nn.ModuleList) -> list[tuple]:
     """Priors on the hyperparameters of some modules, as GPyTorch lists them."""
     return [found for module in modules for found in cast(gpytorch.Module, module).named_priors()]
 

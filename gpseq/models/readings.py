@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def check_readings(
     likelihood: Likelihood,
     times: Tensor,
     y: Tensor,
-    sensors: Tensor | None,
+    sensors: Tensor | Sequence[int] | None,
     noise: Tensor | float | None,
     missing: str,
 ) -> Readings:
@@ -79,15 +80,9 @@ def check_readings(
             f"noise: expected a scalar or variances for y of shape {tuple(y.shape)}, got shape {tuple(noises.shape)}."
         ) from None
     observed = ~y.isnan() if missing == "skip" else torch.ones_like(y, dtype=torch.bool)
-    # One transfer from the device for all questions.
-    answers = [
-        t.isfinite().all(),
-        (y.isfinite() | ~observed).all(),
-        ((noises.isfinite() & (noises > 0)) | ~observed).all(),
-    ]
-    t_good, y_good, noise_good = torch.stack(answers).tolist()
-    if not t_good:
-        raise ValueError(f"times: expected finite times, got NaN or infinity in shape {tuple(times.shape)}.")
+    # One transfer from the device for both questions.
+    answers = [(y.isfinite() | ~observed).all(), ((noises.isfinite() & (noises > 0)) | ~observed).all()]
+    y_good, noise_good = torch.stack(answers).tolist()
     if not y_good:
         hint = "" if missing == "skip" else " (missing='skip' passes over NaN)"
         raise ValueError(f"y: expected finite readings, got NaN or infinity in shape {tuple(y.shape)}{hint}.")
@@ -105,21 +100,25 @@ def check_times(times: Tensor) -> Tensor:
     check_floating("times", times)
     if times.dim() not in (1, 2) or times.shape[1:] not in ((), (1,)):
         raise ValueError(f"times: expected shape (n,), got {tuple(times.shape)}.")
+    if not times.isfinite().all():
+        raise ValueError(f"times: expected finite times, got NaN or infinity in shape {tuple(times.shape)}.")
     return times.reshape(-1, 1)
 
 
-def check_places(name: str, places: Tensor, num_dims: int) -> Tensor:
+def check_places(name: str, places: Tensor, num_dims: int, device: torch.device) -> Tensor:
     """Finite places ``(s, d)`` in float64.
 
     Args:
         name: of the argument.
         places: ``(s, d)``.
         num_dims: d.
+        device: where the model is.
 
     Returns:
         They, in float64.
     """
-    check_floating(name, places)
+    if check_floating(name, places).device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, where the model is, got {places.device}.")
     if places.dim() != 2 or places.shape[-1] != num_dims:
         raise ValueError(f"{name}: expected shape (s, {num_dims}), got {tuple(places.shape)}.")
     if not places.isfinite().all():
@@ -132,9 +131,14 @@ def _spread(values: Tensor, which: Tensor, total: int) -> Tensor:
     return values.new_zeros(len(values), total).index_copy(1, which, values)
 
 
-def _check_sensors(sensors: Tensor | None, total: int, device: torch.device) -> Tensor:
+def _check_sensors(sensors: Tensor | Sequence[int] | None, total: int, device: torch.device) -> Tensor:
     if sensors is None:
         return torch.arange(total, device=device)
+    if isinstance(sensors, Sequence):
+        try:
+            sensors = torch.tensor(sensors, device=device) if len(sensors) else torch.zeros(0, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"sensors: expected indices, got {sensors!r}.") from None
     if not isinstance(sensors, Tensor) or sensors.is_floating_point() or sensors.dtype == torch.bool:
         got = sensors.dtype if isinstance(sensors, Tensor) else type(sensors).__name__
         raise TypeError(f"sensors: expected a tensor of indices, got {got}.")

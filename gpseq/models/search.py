@@ -9,6 +9,7 @@ import torch
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 
+from gpseq.checks import check_count
 from gpseq.models.scales import Scale, chain_gradients, scales_of
 
 #: Standard deviation of the random starts in the logarithm of a scale: a factor of ten each way is common.
@@ -41,6 +42,8 @@ def maximise(
     Raises:
         RuntimeError: no start gave a finite value; then ``originals`` are as they were.
     """
+    check_count("num_starts", num_starts)
+    check_count("max_iterations", max_iterations)
     scales = scales_of(fitted)
     first = [scale.read() for scale in scales]
     best, best_value = first, -math.inf

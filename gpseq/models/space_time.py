@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from linear_operator import to_linear_operator
 from linear_operator.operators import KroneckerProductLinearOperator, SumLinearOperator
 from torch import Tensor
 
-from gpseq.checks import check_floating, check_growth, check_inputs, check_jitter
+from gpseq.checks import check_floating, check_growth, check_inputs, check_jitter, stacklevel_outside
 from gpseq.features import InducingFeatures, InducingPoints
 from gpseq.features.base import evaluate
 from gpseq.models import capacity
@@ -58,7 +60,8 @@ class SpaceTimeStreamingGP(GP):
     in space. While the same sensors report with the same noise, all that was ever read is summarised by three small
     matrices, and an update costs little more than reading its data. Every other set of sensors that reports adds a
     term of its own, :math:`G = \sum_j \Gamma_j \otimes H_j`; from the second term on, predictions factor the whole
-    :math:`M_t M_s \times M_t M_s` matrix. Memory never exceeds twice that matrix.
+    :math:`M_t M_s \times M_t M_s` matrix. The information never takes more than twice that matrix and the sensors; the
+    factor, which is kept from one prediction to the next, is a third.
 
     Time is column 0 of inputs, the coordinates of places follow. Only one of the two kernels needs an outputscale.
 
@@ -142,6 +145,11 @@ class SpaceTimeStreamingGP(GP):
                 "time_features: features that forget couple time and space, and the product would be lost; expected "
                 "measure 'legs' or points."
             )
+        if space_features.forgets:
+            raise ValueError(
+                f"space_features: {type(space_features).__name__} follow a stream, and places stay; expected points. "
+                "gpseq.features.selected.select_points chooses some."
+            )
         check_floating("sensors", sensors)
         self.time_kernel, self.space_kernel = time_kernel, space_kernel
         self.mean_module = ZeroMean() if mean_module is None else mean_module
@@ -153,7 +161,12 @@ class SpaceTimeStreamingGP(GP):
         with torch.inference_mode(False), torch.no_grad():
             self.time_features = copy.deepcopy(time_features).to(device)  # this stream will move them
             self.space_features = copy.deepcopy(space_features).to(device)
-            places = check_places("sensors", sensors.to(device), space_features.num_dims)
+            if sensors.dim() == 2 and sensors.shape[-1] != space_features.num_dims:
+                raise ValueError(
+                    f"sensors: expected {space_features.num_dims} columns, as space_features have, got shape "
+                    f"{tuple(sensors.shape)}."
+                )
+            places = check_places("sensors", sensors.to(device), space_features.num_dims, device)
             if not len(places):
                 raise ValueError(f"sensors: expected at least one, got shape {tuple(sensors.shape)}.")
             if (shape := self._prior.mean_at(places.new_zeros(1, self.num_dims)).shape) != (1,):
@@ -164,6 +177,7 @@ class SpaceTimeStreamingGP(GP):
             self.information = Belief(first.information)
         self._modules_of_basis = self._prior_modules()
         self._known_posterior: tuple[Tensor, KroneckerPosterior] | None = None
+        self._known_state: tuple[Tensor, tuple[Any, ...], KroneckerState] | None = None
 
     @property
     def num_dims(self) -> int:
@@ -242,7 +256,7 @@ class SpaceTimeStreamingGP(GP):
             Their indices, ``(S',)``, int64.
         """
         with torch.inference_mode(False), torch.no_grad():
-            places = check_places("sensors", sensors, self.space_features.num_dims)
+            places = self._check_places("sensors", sensors)
             before = len(self.sensors)
             self._replace(kronecker.declare(self.state, places))
             return torch.arange(before, before + len(places), device=places.device)
@@ -251,7 +265,7 @@ class SpaceTimeStreamingGP(GP):
         self,
         times: Tensor,
         y: Tensor,
-        sensors: Tensor | None = None,
+        sensors: Tensor | Sequence[int] | None = None,
         noise: Tensor | float | None = None,
         missing: str = "error",
     ) -> SpaceTimeStreamingGP:
@@ -282,7 +296,10 @@ class SpaceTimeStreamingGP(GP):
             axis = self._axes[0]
             features = self.time_features.following(heard, axis.kernel, self.horizon_growth)
             warned_at = None
-            begins = not state.information.count.item()
+            # Judged at every change of features or hyperparameters, and before the first data.
+            begins = state.information.r is not self.information.r or not state.information.count.item()
+            if begins:
+                self._judge_space(state)
             if features.interval is not None and (begins or features is not self.time_features):
                 features, basis, warned_at = capacity.judge(axis, features, None, 1e-3, self._capacity_warned_at)
                 state = kronecker.transfer(state, basis, state.space, self._prior)
@@ -305,7 +322,10 @@ class SpaceTimeStreamingGP(GP):
         Returns:
             The new model, with copies of all hyperparameters.
         """
-        return copy.deepcopy(self).update(times, y, **kwargs)
+        # Values are never changed in place, so the copy may hold the same ones until it moves on.
+        memo: dict[int, Any] = {id(tensor): tensor for _, tensor in self.information.state.items()}
+        memo |= {id(cache): None for cache in (self._known_posterior, self._known_state) if cache is not None}
+        return copy.deepcopy(self, memo).update(times, y, **kwargs)
 
     def fit_hyperparameters(self, times: Tensor, y: Tensor, sensors: Tensor | None = None, **kwargs: Any) -> float:
         """Learn kernels, mean and noise on a warm-up window by exact marginal likelihood, in place.
@@ -418,9 +438,12 @@ class SpaceTimeStreamingGP(GP):
         self, times: Tensor, locations: Tensor | None
     ) -> tuple[KroneckerState, KroneckerPosterior, Tensor, Tensor]:
         t = check_times(times).double()
-        s = self.sensors if locations is None else check_places("locations", locations, self.space_features.num_dims)
+        s = self.sensors if locations is None else self._check_places("locations", locations)
         state = self._current_state()
         return state, self._posterior(state), t, s
+
+    def _check_places(self, name: str, places: Tensor) -> Tensor:
+        return check_places(name, places, self.space_features.num_dims, self.sensors.device)
 
     def _points(self, x: Tensor) -> Tensor:
         inputs = check_inputs(x, self.num_dims)
@@ -470,20 +493,33 @@ class SpaceTimeStreamingGP(GP):
                 for basis in (state.time, state.space)
             )
             state = replace(state, time=time, space=space)
-        same_time, same_space = (
-            torch.equal(axis.prior.hyperparameters(), basis.hyperparameters)
-            for axis, basis in zip(self._axes, (state.time, state.space), strict=True)
-        )
-        same_mean = torch.equal(prior.mean_parameters(), state.information.mean_parameters)
+        over_time, over_space = self._axes
+        now = over_time.prior.hyperparameters(), over_space.prior.hyperparameters(), prior.mean_parameters()
+        then = state.time.hyperparameters, state.space.hyperparameters, state.information.mean_parameters
+        same_time, same_space, same_mean = (_equal(a, b) for a, b in zip(now, then, strict=True))
         if same_time and same_space and same_mean:
             return state
+        if (known := self._known_state) is not None and known[0] is state.information.r:
+            if all(_equal(a, b) for a, b in zip((*now, *modules), known[1], strict=True)):
+                return known[2]
         with torch.inference_mode(False), torch.no_grad():
-            over_time, over_space = self._axes
-            return kronecker.transfer(
+            carried = kronecker.transfer(
                 state,
                 state.time if same_time else over_time.basis_of(self.time_features),
                 state.space if same_space else over_space.basis_of(self.space_features),
                 prior,
+            )
+        self._known_state = state.information.r, (*now, *modules), carried
+        return carried
+
+    def _judge_space(self, state: KroneckerState) -> None:
+        residual = online.mean_residual_variance(state.space, self._axes[1].prior, self.sensors).item()
+        if residual > capacity.CAPACITY_WARNING:
+            warnings.warn(
+                f"{state.space.num_features} features of space leave {residual:.1%} of the prior variance at the "
+                "sensors, which is then read into what they do hold. More features, or more noise, make up for it.",
+                capacity.CapacityWarning,
+                stacklevel=stacklevel_outside(),
             )
 
     def _replace(
@@ -509,4 +545,11 @@ class SpaceTimeStreamingGP(GP):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._modules_of_basis = self._prior_modules()
-        self._known_posterior = None
+        self._known_posterior = self._known_state = None
+
+
+def _equal(now: Any, then: Any) -> bool:
+    """The same module, or the same values, on whatever device they are."""
+    if isinstance(now, Tensor) and isinstance(then, Tensor):
+        return torch.equal(now.to(then.device), then)
+    return now is then

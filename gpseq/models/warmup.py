@@ -11,7 +11,7 @@ from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihoo
 from gpytorch.means import Mean, ZeroMean
 from torch import Tensor
 
-from gpseq.checks import check_count, check_floating
+from gpseq.checks import check_floating
 from gpseq.features.base import as_inputs
 from gpseq.models.search import maximise
 
@@ -70,8 +70,6 @@ def fit_hyperparameters(
         True
     """
     x, y = _check_window(x, y)
-    check_count("num_starts", num_starts)
-    check_count("max_iterations", max_iterations)
     if not isinstance(covar_module, Kernel):
         raise TypeError(f"covar_module: expected Kernel, got {type(covar_module).__name__}.")
     if noise is not None:

@@ -274,15 +274,16 @@ def _add_terms(
     information: KroneckerInformation, patterns: Tensor, temporal: Tensor, A_s: Tensor
 ) -> KroneckerInformation:
     """Sets of weights that have a term join it, the others make their own."""
-    known = (patterns.unsqueeze(1) == information.weights).all(-1)
+    # Pattern by pattern: all at once would take as much memory as all sensors times all terms.
+    known = torch.stack([(pattern == information.weights).all(-1) for pattern in patterns])
     new = ~known.any(-1)
     joined = information.temporal + torch.einsum("kj,kab->jab", known.to(temporal.dtype), temporal)
     patterns, temporal = patterns[new], temporal[new]
-    spatial = (A_s * patterns.unsqueeze(1)) @ A_s.mT
+    spatial = [_gram(A_s * pattern.sqrt()).unsqueeze(0) for pattern in patterns]
     return replace(
         information,
         temporal=torch.cat([joined, temporal]),
-        spatial=torch.cat([information.spatial, 0.5 * (spatial + spatial.mT)]),
+        spatial=torch.cat([information.spatial, *spatial]),
         weights=torch.cat([information.weights, patterns]),
     )
 
@@ -290,7 +291,7 @@ def _add_terms(
 def _most_terms(information: KroneckerInformation) -> int:
     """How many terms take no more numbers than the matrix that they stand for, at least one."""
     rows, columns = information.r.shape
-    return max(1, (rows * columns) ** 2 // (rows**2 + columns**2))
+    return max(1, (rows * columns) ** 2 // (rows**2 + columns**2 + information.weights.shape[-1]))
 
 
 def _spill(information: KroneckerInformation) -> KroneckerInformation:
@@ -341,9 +342,8 @@ def transfer(state: KroneckerState, time: OnlineState, space: OnlineState, prior
     c = old.c - 0.5 * lost.sum()
     rest = old.rest
     if rest.numel() and not (B_t is None and B_s is None):
-        B, C = _kron(old.r.shape, B_t, B_s), _kron(old.r.shape, C_t, C_s)
-        rest = _carried(B, old.rest)
-        c = c - 0.5 * (_traces(old.rest, C) - _traces(rest))
+        rest = _carried_rest(old.rest, old.r.shape, B_t, B_s)
+        c = c - 0.5 * (_trace_with(old.rest, old.r.shape, C_t, C_s) - _traces(rest))
     information = replace(
         old,
         temporal=temporal,
@@ -379,17 +379,23 @@ def _carried(B: Tensor | None, matrices: Tensor) -> Tensor:
     return 0.5 * (product + product.mT)
 
 
-def _kron(shape: torch.Size, first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Kronecker product of two factors, of which ``None`` is the identity of that size."""
-    if first is None and second is None:
-        return None
-    like = second if first is None else first
-    assert like is not None
-    factors = (
-        torch.eye(m, dtype=like.dtype, device=like.device) if factor is None else factor.contiguous()
-        for m, factor in zip(shape, (first, second), strict=True)
-    )
-    return torch.kron(*factors)
+def _carried_rest(rest: Tensor, shape: torch.Size, B_t: Tensor | None, B_s: Tensor | None) -> Tensor:
+    """The dense rest under ``B_t (x) B_s``, one axis at a time; the product is never formed."""
+    blocks = rest.reshape(*shape, *shape)
+    if B_t is not None:
+        blocks = torch.einsum("ia,abcd,jc->ibjd", B_t, blocks, B_t)
+    if B_s is not None:
+        blocks = torch.einsum("ib,abcd,jd->aicj", B_s, blocks, B_s)
+    size = blocks.shape[0] * blocks.shape[1]
+    carried = blocks.reshape(size, size)
+    return 0.5 * (carried + carried.mT)
+
+
+def _trace_with(rest: Tensor, shape: torch.Size, C_t: Tensor | None, C_s: Tensor | None) -> Tensor:
+    """Trace of the dense rest times ``C_t (x) C_s``."""
+    blocks = rest.reshape(*shape, *shape)
+    partial = blocks.diagonal(dim1=0, dim2=2).sum(-1) if C_t is None else torch.einsum("abcd,ac->bd", blocks, C_t)
+    return _traces(partial, C_s)
 
 
 def _traces(matrices: Tensor, other: Tensor | None = None) -> Tensor:

@@ -90,7 +90,7 @@ class StreamingVariationalStrategy(InterdomainVariationalStrategy):
         if self.features.embedding is not None:
             self._check_frozen(now, state.hyperparameters)
             return state
-        if not self._modules_replaced() and torch.equal(now, state.hyperparameters):
+        if not self._modules_replaced() and torch.equal(now.to(state.hyperparameters.device), state.hyperparameters):
             return state
         return self.carried_to(self.basis_of(self.features))
 

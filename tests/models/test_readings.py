@@ -87,6 +87,6 @@ def test_times_are_a_vector_or_a_column() -> None:
 def test_places_keep_their_graph() -> None:
     """Locations of predictions may be optimised."""
     places = torch.zeros(2, 3, requires_grad=True)
-    assert check_places("locations", places, 3).requires_grad
+    assert check_places("locations", places, 3, places.device).requires_grad
     with pytest.raises(ValueError, match=r"^locations: expected shape \(s, 2\), got \(2, 3\)"):
-        check_places("locations", places, 2)
+        check_places("locations", places, 2, places.device)

@@ -682,7 +682,8 @@ BAD_UPDATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "twice": ({"sensors": torch.tensor([0, 1, 2, 3, 3])}, ValueError, "^sensors: .*distinct"),
     "a mask": ({"sensors": torch.ones(5, dtype=torch.bool)}, TypeError, r"^sensors: .*torch\.bool"),
     "floats": ({"sensors": torch.arange(5.0)}, TypeError, "^sensors: "),
-    "a list": ({"sensors": [0, 1, 2, 3, 4]}, TypeError, "^sensors: .*list"),
+    "a list of names": ({"sensors": ["a", "b"]}, TypeError, r"^sensors: expected indices, got \['a', 'b'\]"),
+    "a NaN among the times": ({"times": torch.tensor([NAN])}, ValueError, "^times: expected finite"),
     "a matrix of indices": ({"sensors": torch.arange(5).unsqueeze(0)}, ValueError, r"^sensors: .*\(1, 5\)"),
     "too few": ({"sensors": torch.arange(4)}, ValueError, r"^y: expected shape \(1, 4\).*\(1, 5\)"),
     "columns": ({"y": torch.zeros(1, 4, dtype=F64)}, ValueError, r"^y: expected shape \(1, 5\)"),
@@ -791,3 +792,90 @@ def test_bad_inputs_of_predictions() -> None:
                 method(bad)
     with pytest.raises(TypeError, match=r"^times: "):
         model.marginals([0.0])
+
+
+# What a review found
+
+
+def test_indices_of_sensors_may_be_a_list() -> None:
+    times, y = readings(4, 2)
+    listed, tensor = build().update(times, y, sensors=[3, 1]), build().update(times, y, sensors=torch.tensor([3, 1]))
+    assert_identical(listed, snapshot(tensor))
+
+
+def test_features_of_space_that_follow_a_stream_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^space_features: SelectedPoints .*select_points"):
+        build(space=SelectedPoints(5, 2))
+    with pytest.raises(ValueError, match=r"^sensors: expected 2 columns, as space_features have, got shape \(5, 3\)"):
+        build(sensors=torch.zeros(5, 3))
+
+
+@pytest.mark.filterwarnings("default::gpseq.models.CapacityWarning")
+def test_capacity_is_judged_in_space_and_after_a_change_of_hyperparameters() -> None:
+    with pytest.warns(CapacityWarning, match="3 features of space leave [0-9.]+% of the prior variance at the sensors"):
+        build(time=20).update(*readings(3, 5))
+    everywhere = places(5, seed=2)
+    model = build(time=24, space=everywhere, jitter=None)
+    model.time_kernel.lengthscale = 3.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CapacityWarning)
+        model.update(*readings(3, 5))
+        model.update(*readings(3, 5))
+    model.time_kernel.lengthscale = 0.05
+    with pytest.warns(CapacityWarning, match="24 features leave"):
+        model.update(*readings(3, 5))
+
+
+def test_many_sensors_count_as_memory() -> None:
+    model = build(time=4, space=places(4), sensors=places(3000))
+    bound = 2 * (4 * 4) ** 2 + 3000 * 2  # and where they are
+    for seed in range(12):
+        times, y = readings(1, 3000, seed=seed)
+        y[0, torch.randperm(3000)[:40]] = NAN
+        model.update(times, y, missing="skip")
+        numbers = sum(tensor.numel() for _, tensor in model.state.information.items())
+        assert numbers < bound + 3000 + 100  # and at least one set of sensors
+
+
+def test_changed_hyperparameters_are_carried_and_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpseq.models import space_time
+
+    model, calls = build().update(*readings(5, 5)), []
+    posterior, transfer = space_time.posterior, space_time.kronecker.transfer
+    monkeypatch.setattr(space_time, "posterior", lambda state: calls.append("factor") or posterior(state))
+    monkeypatch.setattr(space_time.kronecker, "transfer", lambda *a: calls.append("carry") or transfer(*a))
+    model.time_kernel.lengthscale = 0.7
+    at = torch.tensor([1.0, 2.0], dtype=F64)
+    first = model.marginals(at)
+    for _ in range(3):
+        assert torch.equal(model.marginals(at)[0], first[0])
+    assert calls == ["carry", "factor"]
+    model.time_kernel.lengthscale = 0.8  # never stale
+    assert not torch.equal(model.marginals(at)[0], first[0])
+    model.update(*readings(2, 5, seed=4))
+    calls.clear()
+    assert not torch.equal(model.marginals(at)[0], first[0])
+    assert calls == ["factor"]
+    model.time_kernel = RBFKernel().double()
+    model.time_kernel.lengthscale = 0.8
+    assert calls == ["factor"] and not torch.equal(model.marginals(at)[1], first[1])
+    assert calls == ["factor", "carry", "factor"]
+
+
+def test_conditioning_shares_what_it_does_not_change() -> None:
+    model = build().update(*readings(5, 5))
+    model.marginals(torch.tensor([1.0], dtype=F64))
+    new = model.condition_on_observations(torch.zeros(0, dtype=F64), torch.zeros(0, 5, dtype=F64))
+    assert all(
+        mine is theirs
+        for (_, mine), (_, theirs) in zip(model.state.information.items(), new.state.information.items(), strict=True)
+    )
+    before = snapshot(model)
+    new.update(*readings(2, 5, seed=3)).time_kernel.lengthscale = 3.0
+    assert_identical(model, before)
+
+
+@pytest.mark.parametrize("name", ["num_starts", "max_iterations"])
+def test_a_search_needs_a_start_and_a_step(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        build().fit_hyperparameters(*readings(5, 5), **{name: 0})
