@@ -158,8 +158,8 @@ class Refitted:
 Method = Streaming | Refitted
 METHODS: dict[str, Callable[[], Method]] = {
     "forgetting": lambda: Streaming(WINDOW),
-    "whole past": lambda: Streaming(None),
-    "never forgetting": lambda: Streaming(None, with_time=False),
+    "never forgetting": lambda: Streaming(None),
+    "never forgetting, no time": lambda: Streaming(None, with_time=False),
     "refitting": lambda: Refitted(with_time=False),
     "refitting with time": lambda: Refitted(with_time=True),
 }
@@ -167,7 +167,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 @dataclass(frozen=True)
 class Trace:
-    """What a method did: choices and regrets of each step after the warm-up, seconds of each, numbers kept."""
+    """What a method did: choices and regrets of each step after the warm-up, seconds of the processor, numbers kept."""
 
     x: list[float]
     regret: list[float]
