@@ -59,10 +59,17 @@ def accuracy(predicted: Tensor, target: Tensor) -> Tensor:
     Returns:
         ``(*batch)``, float64, from 0 to 1; NaN where ``n`` is 0.
 
+    Raises:
+        ValueError: the shapes differ; ``(n, 1)`` beside ``(n,)`` would compare every label with every other.
+
     Example:
         >>> accuracy(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0]))
         tensor(0.7500, dtype=torch.float64)
     """
+    if predicted.shape != target.shape:
+        raise ValueError(
+            f"target: expected shape {tuple(predicted.shape)}, as predicted has, got {tuple(target.shape)}."
+        )
     return (predicted == target).double().mean(-1)
 
 
@@ -106,21 +113,25 @@ def categorical_nlpd(probability: Tensor, target: Tensor) -> Tensor:
     return -probability.gather(-1, index).squeeze(-1).log().mean(-1)
 
 
-def average_score(matrix: Tensor) -> Tensor:
+def average_score(matrix: Tensor, tested: Tensor | None = None) -> Tensor:
     r"""Mean score over the tasks seen so far, after each task.
 
     .. math:: A_k = \tfrac1{k + 1} \sum_{j \le k} R_{kj}
 
     Args:
         matrix: ``(*batch, S, T)``, ``S <= T``; entry ``[k, j]`` is the score on task j after task k was learnt. Future
-            tasks, ``j > k``, are not looked at. A task that was never scored (NaN in every row from its own on) is left
-            out. Any other NaN makes the result NaN: a method that broke down must not look better for it.
+            tasks, ``j > k``, are not looked at. NaN is for a task without test rows, which is left out, see ``tested``.
+            Any other NaN makes the result NaN: a method that broke down must not look better for it.
+        tested: ``(T,)`` bool, which tasks have test rows; only they count, and NaN in one of them makes the mean NaN.
+            ``None`` takes a task whose scores are NaN in every row from its own on for one without test rows, and so
+            cannot tell it from one on which the method broke down at once.
 
     Returns:
         ``(*batch, S)``, in the unit of the score; NaN where no task that was seen has been scored.
 
     Raises:
-        ValueError: the matrix has another shape.
+        TypeError: the matrix is no tensor.
+        ValueError: the matrix, or ``tested``, has another shape.
 
     Source:
         Lopez-Paz and Ranzato (2017), Gradient episodic memory for continual learning, ACC; Chaudhry et al. (2018),
@@ -131,7 +142,7 @@ def average_score(matrix: Tensor) -> Tensor:
         tensor([0.9000, 0.6000])
     """
     row, column = _check_matrix(matrix)
-    return _mean(matrix, (column <= row) & _scored(matrix).unsqueeze(-2))
+    return _mean(matrix, (column <= row) & _counted(matrix, tested).unsqueeze(-2))
 
 
 def forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
@@ -171,12 +182,13 @@ def forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
     return torch.where(column < row, before - score, torch.nan)
 
 
-def average_forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
+def average_forgetting(matrix: Tensor, higher_is_better: bool = True, tested: Tensor | None = None) -> Tensor:
     r"""Mean of :func:`forgetting` over the past tasks, after each task, :math:`\tfrac1k \sum_{j<k} F_{kj}`.
 
     Args:
         matrix: as for :func:`forgetting`; NaN as for :func:`average_score`.
         higher_is_better: as for :func:`forgetting`.
+        tested: as for :func:`average_score`.
 
     Returns:
         ``(*batch, S)``, in the unit of the score; NaN after the first task, which has no past.
@@ -192,10 +204,10 @@ def average_forgetting(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
         tensor([   nan, 0.3000])
     """
     row, column = _check_matrix(matrix)
-    return _mean(forgetting(matrix, higher_is_better), (column < row) & _scored(matrix).unsqueeze(-2))
+    return _mean(forgetting(matrix, higher_is_better), (column < row) & _counted(matrix, tested).unsqueeze(-2))
 
 
-def backward_transfer(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
+def backward_transfer(matrix: Tensor, higher_is_better: bool = True, tested: Tensor | None = None) -> Tensor:
     r"""What later tasks did to earlier ones: mean gain from when a task was just learnt to the end.
 
     .. math:: \mathrm{BWT} = \tfrac1{S - 1} \sum_{j < S - 1} \left( R_{S-1, j} - R_{jj} \right)
@@ -205,6 +217,7 @@ def backward_transfer(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
     Args:
         matrix: as for :func:`forgetting`; NaN as for :func:`average_score`.
         higher_is_better: as for :func:`forgetting`.
+        tested: as for :func:`average_score`.
 
     Returns:
         ``(*batch)``, in the unit of the score; NaN after one task only.
@@ -222,10 +235,12 @@ def backward_transfer(matrix: Tensor, higher_is_better: bool = True) -> Tensor:
     _check_matrix(matrix)
     seen = matrix.shape[-2]
     gain = matrix[..., -1, : seen - 1] - matrix.diagonal(dim1=-2, dim2=-1)[..., : seen - 1]
-    return _mean(gain if higher_is_better else -gain, _scored(matrix)[..., : seen - 1])
+    return _mean(gain if higher_is_better else -gain, _counted(matrix, tested)[..., : seen - 1])
 
 
-def forward_transfer(matrix: Tensor, baseline: Tensor, higher_is_better: bool = True) -> Tensor:
+def forward_transfer(
+    matrix: Tensor, baseline: Tensor, higher_is_better: bool = True, tested: Tensor | None = None
+) -> Tensor:
     r"""What earlier tasks did for later ones: mean gain over a baseline just before a task is learnt.
 
     .. math:: \mathrm{FWT} = \tfrac1{S - 1} \sum_{j = 1}^{S - 1} \left( R_{j-1, j} - b_j \right)
@@ -234,9 +249,10 @@ def forward_transfer(matrix: Tensor, baseline: Tensor, higher_is_better: bool = 
 
     Args:
         matrix: ``(*batch, S, T)`` with the entries right of the diagonal, see ``future`` of
-            :func:`gpseq.continual.evaluate`; NaN among the entries used gives NaN, unless the task was never scored.
+            :func:`gpseq.continual.evaluate`; NaN among the entries used gives NaN, unless the task has no test rows.
         baseline: ``(*batch, T)``, the score of each task by a learner that has seen nothing.
         higher_is_better: as for :func:`forgetting`.
+        tested: as for :func:`average_score`.
 
     Returns:
         ``(*batch)``, in the unit of the score; NaN after one task only.
@@ -257,11 +273,13 @@ def forward_transfer(matrix: Tensor, baseline: Tensor, higher_is_better: bool = 
     seen = matrix.shape[-2]
     before = matrix[..., : seen - 1, 1:].diagonal(dim1=-2, dim2=-1)
     gain = before - baseline[..., 1:seen]
-    return _mean(gain if higher_is_better else -gain, _scored(matrix)[..., 1:seen])
+    return _mean(gain if higher_is_better else -gain, _counted(matrix, tested)[..., 1:seen])
 
 
 def _check_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the rows ``(S, 1)`` and of the columns ``(T,)``."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"matrix: expected a tensor, got {type(matrix).__name__}.")
     if not matrix.is_floating_point() or matrix.dim() < 2 or not 1 <= matrix.shape[-2] <= matrix.shape[-1]:
         raise ValueError(
             "matrix: expected floating-point scores of shape (*batch, S, T) with 1 <= S <= T, got "
@@ -271,10 +289,15 @@ def _check_matrix(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return row.unsqueeze(-1), column
 
 
-def _scored(matrix: Tensor) -> Tensor:
-    """Which tasks have a score in their own row or below, ``(*batch, T)``."""
+def _counted(matrix: Tensor, tested: Tensor | None) -> Tensor:
+    """Which tasks count, ``(T,)``; if not told, those with a score in their own row or below, ``(*batch, T)``."""
     row, column = _check_matrix(matrix)
-    return (~matrix.isnan() & (column <= row)).any(-2)
+    if tested is None:
+        return (~matrix.isnan() & (column <= row)).any(-2)
+    if not isinstance(tested, Tensor) or tested.dtype != torch.bool or tested.shape != matrix.shape[-1:]:
+        got = f"{tested.dtype} of shape {tuple(tested.shape)}" if isinstance(tested, Tensor) else type(tested).__name__
+        raise ValueError(f"tested: expected a bool tensor of shape ({matrix.shape[-1]},), got {got}.")
+    return tested.to(matrix.device)
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

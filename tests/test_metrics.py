@@ -152,3 +152,47 @@ def test_a_matrix_of_another_shape_is_refused(matrix: torch.Tensor) -> None:
             score(matrix)
     with pytest.raises(ValueError, match=r"baseline: expected 3 tasks, got shape \(2,\)"):
         metrics.forward_transfer(ACCURACY, torch.zeros(2))
+
+
+def test_a_task_that_is_tested_and_breaks_down_at_once_is_not_left_out() -> None:
+    """NaN in every row from its own on looks like a task without test rows; who knows better says so."""
+    gap = ACCURACY.clone()
+    gap[:, 1] = NAN
+    baseline = torch.zeros(3).double()
+    for name, arguments in (
+        ("average_score", ()),
+        ("average_forgetting", ()),
+        ("backward_transfer", ()),
+        ("forward_transfer", (baseline,)),
+    ):
+        score = getattr(metrics, name)
+        without, every = torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool)
+        inferred = score(gap, *arguments)
+        torch.testing.assert_close(score(gap, *arguments, tested=without), inferred, equal_nan=True)
+        told = torch.atleast_1d(score(gap, *arguments, tested=every))
+        assert told[-1].isnan() and not torch.atleast_1d(inferred)[-1].isnan()
+        torch.testing.assert_close(
+            score(ACCURACY, *arguments, tested=every), score(ACCURACY, *arguments), equal_nan=True
+        )
+        batch = score(torch.stack([gap, ACCURACY]), *arguments, tested=every)
+        torch.testing.assert_close(torch.atleast_1d(batch[0]), told, equal_nan=True)
+    assert metrics.average_score(gap, tested=every).isnan().tolist() == [False, True, True]
+    for wrong, got in (
+        (every[:2], r"torch.bool of shape \(2,\)"),
+        (torch.ones(3), "torch.float32"),
+        ([True] * 3, "list"),
+    ):
+        with pytest.raises(ValueError, match=rf"tested: expected a bool tensor of shape \(3,\), got {got}"):
+            metrics.average_score(ACCURACY, tested=wrong)
+
+
+def test_labels_of_another_shape_are_not_broadcast() -> None:
+    label = torch.tensor([0, 1, 1])
+    for predicted in (label.unsqueeze(-1), label[:1], label[0]):
+        with pytest.raises(ValueError, match=r"target: expected shape .*, as predicted has, got \(3,\)"):
+            metrics.accuracy(predicted, label)
+
+
+def test_a_matrix_is_a_tensor() -> None:
+    with pytest.raises(TypeError, match="matrix: expected a tensor, got list"):
+        metrics.average_score([[0.5]])

@@ -11,6 +11,7 @@ of tasks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from gpseq.checks import check_number
-from gpseq.continual.fisher import Family, fisher_diagonal
+from gpseq.continual.fisher import Family, check_model, check_options, fisher_diagonal
 
 MODES = ("separate", "online")
 
@@ -52,8 +53,12 @@ class EWCState:
         """The state that :meth:`state_dict` wrote.
 
         Raises:
-            ValueError: something is missing, of another shape, or a curvature is negative or not finite.
+            TypeError: they are no tensors by name.
+            ValueError: something is missing or of another shape, an anchor is not finite, a curvature or the offset is
+                negative or not finite, or no task has been consolidated.
         """
+        if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise TypeError("tensors: expected tensors by name, as state_dict() gives them, got something else.")
         parts: dict[str, dict[str, Tensor]] = {"anchor": {}, "fisher": {}}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
@@ -63,10 +68,22 @@ class EWCState:
                 raise ValueError(f"tensors: expected anchor.*, fisher.*, offset and num_tasks, got {key!r}.")
         if missing := {"offset", "num_tasks"} - set(tensors):
             raise ValueError(f"tensors: expected {sorted(missing)[0]!r}, got none.")
+        if not parts["anchor"]:
+            raise ValueError("tensors: expected anchor.* of at least one parameter, got none.")
         _check_like("tensors", parts["fisher"], parts["anchor"])
+        for name, value in parts["anchor"].items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"anchor: expected finite numbers for {name!r}, got NaN or infinity.")
         _check_fisher(parts["fisher"])
+        for name in ("offset", "num_tasks"):
+            if tensors[name].dim() != 0:
+                raise ValueError(f"{name}: expected a 0-d tensor, got shape {tuple(tensors[name].shape)}.")
         offset = tensors["offset"].detach().double().clone()
-        return cls(parts["anchor"], parts["fisher"], offset, int(tensors["num_tasks"]))
+        _check_not_negative("offset", offset)
+        num_tasks = tensors["num_tasks"].item()
+        if num_tasks != num_tasks // 1 or num_tasks < 1:
+            raise ValueError(f"num_tasks: expected a whole number, at least 1, got {num_tasks:g}.")
+        return cls(parts["anchor"], parts["fisher"], offset, int(num_tasks))
 
 
 def consolidate(
@@ -85,12 +102,17 @@ def consolidate(
               \mathrm{offset}' = \mathrm{offset} + \sum_p \frac{F F_k}{F'} (a - \theta^*_k)^2,
 
     which is their sum exactly. ``"online"`` keeps one quadratic around the latest parameters,
-    :math:`F' = \gamma F + F_k, \; a' = \theta^*_k`: the new parameters have been held by the old springs already.
+    :math:`F' = \gamma F + F_k, \; a' = \theta^*_k`: the new parameters have been held by the old springs already. The
+    penalty has the accumulated F' as its curvature, where that of the paper has :math:`\gamma F'`; its constant gamma
+    is part of the strength here.
+
+    A parameter that has been frozen since an earlier task has nothing to do with the new one, :math:`F_k = 0`: its
+    curvature stays, times gamma in the online form.
 
     Args:
         state: so far; ``None`` before the first task. It is left as it is.
         model: as it was learnt; its trainable parameters are read.
-        fisher: their curvature, by name, usually of :func:`fisher_diagonal`. Nothing negative.
+        fisher: curvature of the trainable ones, by name, usually of :func:`fisher_diagonal`. Nothing negative.
         mode: ``"separate"`` or ``"online"``.
         decay: gamma in (0, 1], by which the old curvature is multiplied; only for ``"online"``.
 
@@ -112,12 +134,15 @@ def consolidate(
         (1, 0.0)
     """
     gamma = _check_mode(mode, decay)
-    now = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not now:
+    check_model(model)
+    learnt = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not learnt:
         raise ValueError("model: expected at least one parameter that requires gradients, got none.")
-    _check_like("fisher", fisher, now)
+    _check_like("fisher", fisher, learnt)
     _check_fisher(fisher)
-    new = {name: fisher[name].detach().to(p, copy=True) for name, p in now.items()}
+    held = learnt if state is None else state.anchor
+    now = {name: p.detach() for name, p in model.named_parameters() if name in learnt or name in held}
+    new = {n: fisher[n].detach().to(p, copy=True) if n in learnt else torch.zeros_like(p) for n, p in now.items()}
     here = {name: p.clone() for name, p in now.items()}
     zero = torch.zeros((), dtype=torch.float64)
     if state is None:
@@ -131,9 +156,9 @@ def consolidate(
     for name, p in now.items():
         # Differences of anchors, not of their squares, which would cancel in float32.
         share = torch.where(total[name] > 0, new[name] / total[name], 1.0)
-        gap = p - state.anchor[name].to(p)
-        anchor[name] = p - (1 - share) * gap
-        offset = offset + (old[name] * share * gap.square()).sum().to(offset)
+        before = state.anchor[name].to(p)
+        anchor[name] = torch.lerp(before, p, share)
+        offset = offset + (old[name] * share * (p - before).square()).sum().to(offset)
     return EWCState(anchor, total, offset, state.num_tasks + 1)
 
 
@@ -160,9 +185,8 @@ def penalty(state: EWCState | None, model: Module, strength: float = 1.0) -> Ten
         >>> penalty(state, model, strength=10.0).item()
         60.0
     """
-    scale = check_number("strength", strength, above=-1.0, expected="a number, not negative")
-    if scale < 0:
-        raise ValueError(f"strength: expected a number, not negative, got {strength!r}.")
+    scale = _check_not_negative("strength", strength)
+    check_model(model)
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ValueError("model: expected parameters, got none.")
@@ -197,6 +221,7 @@ class EWC:
         chunk_size: as there.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: a value out of range.
 
     Example:
@@ -235,6 +260,7 @@ class EWC:
         #: What is kept of the past, one frozen value; ``None`` before the first task is consolidated.
         self.state: EWCState | None = None
         _check_mode(mode, decay)
+        check_options(**self.fisher_options)
         penalty(None, model, strength)  # checks
 
     def penalty(self) -> Tensor:
@@ -245,13 +271,14 @@ class EWC:
         """Remember the task that has just been learnt.
 
         Args:
-            batches: its data, ``x`` or ``(x, y)``, see :func:`fisher_diagonal`.
+            batches: its data, a list or loader of ``x`` or ``(x, y)``, see :func:`fisher_diagonal`.
 
         Returns:
             The object itself.
 
         Raises:
-            ValueError: as :func:`fisher_diagonal` and :func:`consolidate`; the old state is kept.
+            TypeError, ValueError, RuntimeError: as :func:`fisher_diagonal` and :func:`consolidate`; the old state is
+                kept.
         """
         fisher = fisher_diagonal(self.model, batches, **self.fisher_options)
         self.state = consolidate(self.state, self.model, fisher, self.mode, self.decay)
@@ -265,11 +292,19 @@ class EWC:
         """Go on from a saved state.
 
         Raises:
-            ValueError: it does not belong to this network.
+            TypeError: it is no mapping of tensors; the old state is kept.
+            ValueError: it does not belong to this network, or is none; the old state is kept.
         """
-        state = EWCState.from_state_dict(tensors) if tensors else None
+        state = None if isinstance(tensors, Mapping) and not tensors else EWCState.from_state_dict(tensors)
         penalty(state, self.model, self.strength)  # checks names and shapes
         self.state = state
+
+
+def _check_not_negative(name: str, value: Any) -> float:
+    number = check_number(name, value, above=-math.inf, expected="a number, not negative")
+    if number < 0:
+        raise ValueError(f"{name}: expected a number, not negative, got {value!r}.")
+    return number
 
 
 def _check_mode(mode: str, decay: float) -> float:

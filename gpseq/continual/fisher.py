@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import Module
 
 from gpseq.checks import check_count, check_number
+from gpseq.continual.tasks import check_generator
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,18 @@ class Family:
         sample: from outputs and a generator to targets. ``None``: only the empirical Fisher can be had.
         support: from outputs to targets ``(K, n, ...)`` and weights ``(K, n)`` under which the sum of squared
             gradients is the exact expectation. ``None``: it has to be sampled.
+        check: called with outputs and the targets that are given for the empirical Fisher, before gradients are taken;
+            raises where they do not suit each other. ``None``: nothing is checked.
     """
 
     log_prob: Callable[[Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, torch.Generator | None], Tensor] | None = None
     support: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    check: Callable[[Tensor, Tensor], None] | None = None
 
 
 def categorical() -> Family:
-    """Classes 0, ..., C - 1 with outputs that are logits, ``(n, C)``.
+    """Classes 0, ..., C - 1, two of them or more, with outputs that are logits, ``(n, C)``.
 
     Example:
         >>> categorical().log_prob(torch.zeros(1, 4), torch.tensor([2]))
@@ -45,13 +49,27 @@ def categorical() -> Family:
         return output.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
     def sample(output: Tensor, generator: torch.Generator | None) -> Tensor:
+        _check_logits(output)
         return torch.multinomial(output.softmax(-1), 1, generator=generator).squeeze(-1)
 
     def support(output: Tensor) -> tuple[Tensor, Tensor]:
+        _check_logits(output)
         classes = torch.arange(output.shape[-1], device=output.device)
         return classes.unsqueeze(-1).expand(-1, len(output)), output.softmax(-1).T
 
-    return Family(log_prob, sample, support)
+    def check(output: Tensor, target: Tensor) -> None:
+        _check_logits(output)
+        if target.dtype != torch.int64 or target.shape != output.shape[:1]:
+            raise ValueError(
+                f"batches: expected labels of torch.int64 and shape ({len(output)},) for 'categorical', got "
+                f"{target.dtype} of shape {tuple(target.shape)}."
+            )
+        classes = output.shape[-1]
+        if bool((wrong := (target < 0) | (target >= classes)).any()):
+            label = target[wrong][0].item()
+            raise ValueError(f"batches: expected labels from 0 to {classes - 1} for {classes} outputs, got {label}.")
+
+    return Family(log_prob, sample, support, check)
 
 
 def bernoulli() -> Family:
@@ -78,7 +96,12 @@ def bernoulli() -> Family:
         targets = torch.stack([torch.zeros_like(one), torch.ones_like(one)])
         return targets, torch.stack([1 - one, one]).flatten(1)
 
-    return Family(log_prob, sample, support)
+    def check(output: Tensor, target: Tensor) -> None:
+        _check_size(output, target)
+        if bool((wrong := (target != 0) & (target != 1)).any()):
+            raise ValueError(f"batches: expected labels 0 or 1 for 'bernoulli', got {target[wrong][0].item():g}.")
+
+    return Family(log_prob, sample, support, check)
 
 
 def gaussian(noise: float = 1.0) -> Family:
@@ -111,7 +134,24 @@ def gaussian(noise: float = 1.0) -> Family:
         targets = output + steps.reshape(size, 1, *output.shape[1:])
         return targets, output.new_ones(size, len(output))
 
-    return Family(log_prob, sample, support)
+    return Family(log_prob, sample, support, _check_size)
+
+
+def _check_logits(output: Tensor) -> None:
+    # The softmax of one logit is 1 whatever the logit: every gradient would be zero, and nothing would be held.
+    if output.dim() != 2 or output.shape[-1] < 2:
+        shape = ", ".join(["n", *(str(size) for size in output.shape[1:])]) + "," * (output.dim() == 1)
+        raise ValueError(
+            f"family: expected outputs (n, C) with two classes or more for 'categorical', got ({shape}); for one "
+            "output take 'gaussian' (a mean) or 'bernoulli' (a logit)."
+        )
+
+
+def _check_size(output: Tensor, target: Tensor) -> None:
+    if target[0].numel() != output[0].numel():
+        raise ValueError(
+            f"batches: expected targets of shape {tuple(output.shape)}, as the outputs have, got {tuple(target.shape)}."
+        )
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -143,10 +183,11 @@ def fisher_diagonal(
     left as it was, buffers included.
 
     Args:
-        model: any network of one output tensor, with examples along the first axis; examples must not see each other.
-        batches: of a loader or a list: ``x``, or ``(x, y)`` with the targets, which only the empirical Fisher reads.
-            ``x`` is a tensor ``(n, ...)``, or a tuple of such tensors for a model of several inputs. It is moved to
-            the device of the model, not to its dtype.
+        model: any network that ``torch.func.vmap`` can map (``torch.nn.GRU``, for one, it cannot), of one output
+            tensor, with examples along the first axis; examples must not see each other.
+        batches: a loader, or a list even of one batch: ``x``, or ``(x, y)`` with the targets, which only the empirical
+            Fisher reads. ``x`` is a tensor ``(n, ...)``, or a tuple of such tensors for a model of several inputs. It
+            is moved to the device of the model, not to its dtype.
         family: ``"categorical"`` (outputs are logits), ``"bernoulli"`` (logits), ``"gaussian"`` (means, noise variance
             1), any :class:`Family`, or, for the empirical Fisher, a function ``log_prob(output, target)`` alone.
         empirical: use the given targets.
@@ -162,8 +203,9 @@ def fisher_diagonal(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: there are no examples or no trainable parameters, targets are missing, gradients are not finite, or
-            a value out of range.
+        ValueError: there are no examples or no trainable parameters, targets are missing or none of the family's,
+            outputs do not suit the family, gradients are not finite, or a value out of range.
+        RuntimeError: ``torch.func.vmap`` cannot map the model.
 
     Source:
         Kirkpatrick et al. (2017), Overcoming catastrophic forgetting in neural networks; Kunstner, Balles and Hennig
@@ -174,10 +216,9 @@ def fisher_diagonal(
         >>> fisher_diagonal(model, [torch.tensor([[1.0], [3.0]])], family="gaussian", num_samples=None)
         {'weight': tensor([[5.]])}
     """
-    family = _family(family, empirical, num_samples)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}.")
-    check_count("chunk_size", chunk_size)
+    family = check_options(family, empirical, num_samples, generator, reduction, chunk_size)
+    check_model(model)
+    batches = _check_batches(batches)
     learnt = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not learnt:
         raise ValueError("model: expected at least one parameter that requires gradients, got none.")
@@ -205,9 +246,11 @@ def fisher_diagonal(
                 count += len(part[0])
                 given = None if target is None else target[start : start + chunk_size]
                 with torch.no_grad():
-                    output = None if given is not None else outputs(learnt, part)
+                    output = outputs(learnt, part) if given is None or family.check is not None else None
+                    if given is not None and output is not None and family.check is not None:
+                        family.check(output, given)
                     for labels, weights in _targets(output, family, given, num_samples, generator):
-                        for name, g in gradients(learnt, part, labels).items():
+                        for name, g in _mapped(gradients, learnt, part, labels).items():
                             total[name] += torch.einsum("n...,n->...", g.double().square(), weights.double())
     if count == 0:
         raise ValueError("batches: expected at least one example, got none.")
@@ -216,6 +259,18 @@ def fisher_diagonal(
         if not bool(value.isfinite().all()):
             raise ValueError(f"model: expected finite gradients, got NaN or infinity in the Fisher of {name!r}.")
     return result
+
+
+def _mapped(gradients: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+    try:
+        return gradients(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            "model: expected gradients of single examples by torch.func.vmap, which cannot map every network "
+            f"(torch.nn.GRU, for one), got: {error}"
+        ) from error
 
 
 def _targets(
@@ -258,6 +313,38 @@ def _unpack(batch: Any, device: torch.device, empirical: bool) -> tuple[tuple[Te
         raise ValueError("batches: expected as many targets as inputs, got different lengths in one batch.")
     moved = tuple(value.detach().to(device) for value in inputs)
     return moved, target.detach().to(device) if empirical and target is not None else None
+
+
+def _check_batches(batches: Any) -> Iterator[Any]:
+    """Something to iterate over, and not a batch itself."""
+    single = isinstance(batches, Tensor) or (
+        isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches)
+    )
+    try:
+        if not single:
+            return iter(batches)
+    except TypeError:
+        pass
+    got = "a tuple of tensors" if isinstance(batches, tuple) else f"{type(batches).__name__}"
+    raise TypeError(f"batches: expected a list or loader of x or (x, y), got {got}; write [x] or [(x, y)].")
+
+
+def check_model(model: Any) -> None:
+    """A network."""
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+
+
+def check_options(
+    family: Any, empirical: bool, num_samples: Any, generator: Any, reduction: Any, chunk_size: Any
+) -> Family:
+    """The family, if it and all that :func:`fisher_diagonal` is told beside the data are in order."""
+    family = _family(family, empirical, num_samples)
+    check_generator(generator)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}.")
+    check_count("chunk_size", chunk_size)
+    return family
 
 
 def _family(family: Any, empirical: bool, num_samples: int | None) -> Family:

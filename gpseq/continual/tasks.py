@@ -6,8 +6,11 @@ second copy of the data, and ``Task.rows`` cuts any further array in the same wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any, overload
 
 import torch
@@ -146,7 +149,7 @@ def tasks_by_key(
         places = _keys("test", rest[0] if rest else key, x_test)
         # Cuts by the first key of each task, so that nothing lies between two tasks.
         smallest = torch.stack([values[part[0]] for part in parts])
-        tests = _parts_by_number((torch.searchsorted(smallest, places, right=True) - 1).clamp(min=0), places, num_tasks)
+        tests = _parts_by_number(_last_not_above(smallest, places).clamp(min=0), places, num_tasks)
     names = tuple(f"task {number + 1}" for number in range(num_tasks))
     return _stream(names, x, y, parts, tests, test, held_out, generator, order, "error")
 
@@ -173,7 +176,8 @@ def tasks_by_time(
         y: targets, ``(n, ...)``, of any dtype.
         num_tasks: so many intervals of equal length from the first to the last time.
         edges: increasing times instead, ``(num_tasks + 1,)``; infinite ones may stand at the ends. A task begins with
-            its first edge and ends before its second; the last one includes it.
+            its first edge and ends before its second; the last one includes it. Numbers are rounded to the dtype of
+            the times, so that 0.7 is the 0.7 of ``float32`` times; a tensor is taken as it is.
         held_out: fraction of the rows of each task that are tested on, see :func:`tasks_by_key`.
         generator: of the draw; ``None`` is torch's default generator.
         test: a test set instead, ``(x_test, y_test, t_test)``, cut at the same times; those before the first or after
@@ -206,20 +210,24 @@ def tasks_by_time(
             raise ValueError(f"num_tasks: expected at most one for each of {length} rows, got {num_tasks}.")
         if not times.isfinite().all():
             raise ValueError("t: expected finite times for intervals of equal length, got infinity.")
-        cuts = torch.linspace(times.min().item(), times.max().item(), num_tasks + 1, dtype=torch.float64)
+        low, high = times.min().item(), times.max().item()
+        named = torch.linspace(low, high, num_tasks + 1, dtype=torch.float64).tolist()
+        cuts: Sequence[float | Fraction] = named
+        if isinstance(low, int):  # such as nanoseconds: cut exactly
+            cuts = [low + Fraction(k * int(high - low), num_tasks) for k in range(num_tasks + 1)]
     else:
-        cuts = torch.as_tensor(edges, dtype=torch.float64).cpu()
-        if cuts.dim() != 1 or len(cuts) < 2 or not bool((cuts.diff() > 0).all()):
-            raise ValueError(f"edges: expected at least two increasing times, got {edges!r}.")
+        cuts = named = _edges(edges)
         num_tasks = len(cuts) - 1
-    parts = _parts_by_number(_interval("t", times, cuts), times, num_tasks)
+    round_to = t.dtype if edges is not None and not isinstance(edges, Tensor) else None
+    parts = _parts_by_number(_interval("t", times, cuts, round_to), times, num_tasks)
     tests = None
     if test is not None:
         x_test, _, t_test = _check_test(test, with_key=True, what="t")
         places = _check_keys("test", t_test, len(x_test))
-        inside = places if edges is not None else places.clamp(cuts[0], cuts[-1])
-        tests = _parts_by_number(_interval("test", inside, cuts), places, num_tasks)
-    names = tuple(f"{low:g} to {high:g}" for low, high in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True))
+        inside = places if edges is not None else places.clamp(times.min().item(), times.max().item())
+        round_to = None if round_to is None else t_test.dtype
+        tests = _parts_by_number(_interval("test", inside, cuts, round_to), places, num_tasks)
+    names = tuple(f"{_text(low)} to {_text(high)}" for low, high in pairwise(named))
     return _stream(names, x, y, parts, tests, test, held_out, generator, order, empty)
 
 
@@ -257,16 +265,19 @@ def tasks_by_class(
     """
     length = _check_data("x", x, "y", y)
     labels = _check_keys("y", y, length)
-    groups = [[float(label) for label in group] for group in classes]
+    try:
+        groups = [[_number(label) for label in group] for group in classes]
+    except TypeError:
+        raise TypeError(f"classes: expected the labels of each task, such as ((0,), (1,)), got {classes!r}.") from None
     flat = [label for group in groups for label in group]
     if not groups or not all(groups):
         raise ValueError(f"classes: expected one class or more for each task, got {classes!r}.")
     if twice := sorted({label for label in flat if flat.count(label) > 1}):
-        raise ValueError(f"classes: expected each class in one task, got class {twice[0]:g} twice.")
+        raise ValueError(f"classes: expected each class in one task, got class {_text(twice[0])} twice.")
     there = set(labels.unique().tolist())
     if unknown := sorted(set(flat) - there):
-        known = ", ".join(f"{label:g}" for label in sorted(there)[:20])
-        raise ValueError(f"classes: no row of y has class {unknown[0]:g}; there are {known}.")
+        known = ", ".join(_text(label) for label in sorted(there)[:20])
+        raise ValueError(f"classes: no row of y has class {_text(unknown[0])}; there are {known}.")
 
     def members(labels: Tensor) -> list[Tensor]:
         return [torch.isin(labels, labels.new_tensor(group)).nonzero().squeeze(-1) for group in groups]
@@ -274,8 +285,9 @@ def tasks_by_class(
     tests = None
     if test is not None:
         x_test, y_test = _check_test(test, with_key=False, what="y")
-        tests = members(_check_keys("test", y_test, len(x_test)))
-    names = tuple(", ".join(f"{label:g}" for label in group) for group in groups)
+        test_labels = _check_keys("test", y_test, len(x_test))
+        tests = members(test_labels.double() if labels.is_floating_point() else test_labels)
+    names = tuple(", ".join(_text(label) for label in group) for group in groups)
     return _stream(names, x, y, members(labels), tests, test, held_out, generator, "given", "error")
 
 
@@ -296,6 +308,7 @@ def _stream(
     empty: str,
 ) -> TaskStream:
     """Hold rows out, bring what remains into its order, and see that there is something to learn."""
+    check_generator(generator)
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}.")
     if empty not in EMPTY:
@@ -344,19 +357,70 @@ def _stable_argsort(key: Tensor) -> Tensor:
     return key.argsort(stable=True)
 
 
-def _interval(name: str, times: Tensor, cuts: Tensor) -> Tensor:
+def _interval(name: str, times: Tensor, cuts: Sequence[float | Fraction], round_to: torch.dtype | None) -> Tensor:
     """Number of the interval that each time lies in."""
-    outside = (times < cuts[0]) | (times > cuts[-1])
+    if times.is_floating_point():
+        bounds = torch.tensor([float(cut) for cut in cuts], dtype=torch.float64)
+        if round_to is not None and round_to.is_floating_point:
+            bounds = bounds.to(round_to).double()
+    else:
+        # An integer is not below a number if it is not below the next integer, and not above it likewise.
+        whole = [_whole(cut, math.ceil) for cut in cuts[:-1]] + [_whole(cuts[-1], math.floor)]
+        bounds = torch.tensor(whole, dtype=torch.int64)
+    outside = (times < bounds[0]) | (times > bounds[-1])
     if bool(outside.any()):
         raise ValueError(
-            f"{name}: expected times between the edges {cuts[0]:g} and {cuts[-1]:g}, got {times[outside][0]:g}; "
-            f"{int(outside.sum())} of {len(times)} rows lie outside."
+            f"{name}: expected times between the edges {_text(cuts[0])} and {_text(cuts[-1])}, got "
+            f"{_text(times[outside][0].item())}; {int(outside.sum())} of {len(times)} rows lie outside."
         )
-    return (torch.searchsorted(cuts, times, right=True) - 1).clamp(max=len(cuts) - 2)
+    return _last_not_above(bounds[:-1], times)
+
+
+def _last_not_above(bounds: Tensor, values: Tensor) -> Tensor:
+    """Number of the last bound that is not above each value, -1 where all are."""
+    if bounds.dtype != values.dtype:
+        bounds, values = bounds.double(), values.double()
+    return torch.searchsorted(bounds, values, right=True) - 1
+
+
+def _edges(edges: Any) -> list[float]:
+    """As Python's numbers, which hold large integers."""
+    try:
+        numbers = [_number(edge) for edge in edges]
+    except (TypeError, ValueError, RuntimeError):
+        numbers = []
+    if getattr(edges, "ndim", 1) != 1 or len(numbers) < 2 or not all(low < high for low, high in pairwise(numbers)):
+        raise ValueError(f"edges: expected at least two increasing times, got {edges!r}.")
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """A Python integer or float."""
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, str):
+        raise TypeError(f"expected a number, got {number!r}.")
+    return int(number) if isinstance(number, int) else float(number)
+
+
+def _whole(number: float | Fraction, rounded: Callable[[Any], int]) -> int:
+    limits = torch.iinfo(torch.int64)
+    if math.isinf(number):
+        return limits.max if number > 0 else limits.min
+    return min(max(rounded(number), limits.min), limits.max)
+
+
+def _text(number: float | Fraction) -> str:
+    return str(number) if isinstance(number, int) else f"{float(number):g}"
+
+
+def check_generator(generator: Any) -> None:
+    """``None`` or a generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}.")
 
 
 def _keys(name: str, key: Any, x: Tensor) -> Tensor:
-    """The key of each row, ``(n,)`` float64 on the CPU."""
+    """The key of each row, ``(n,)`` float64 or int64 on the CPU."""
     if isinstance(key, bool):
         raise TypeError(f"{name}: expected a column, 'norm', a function or a tensor, got {key!r}.")
     if isinstance(key, int):
@@ -378,7 +442,13 @@ def _check_keys(name: str, key: Any, length: int) -> Tensor:
         raise TypeError(f"{name}: expected a tensor of real numbers, got {type(key).__name__}.")
     if key.shape != (length,):
         raise ValueError(f"{name}: expected one number for each of {length} rows, got shape {tuple(key.shape)}.")
-    values = key.detach().double().cpu()
+    values = key.detach().cpu()
+    if not values.is_floating_point():
+        whole = values.long()  # float64 has no room for integers above 2^53, such as nanoseconds since 1970
+        if values.dtype == torch.uint64 and bool((whole < 0).any()):
+            raise ValueError(f"{name}: expected integers below 2^63, got a larger one.")
+        return whole
+    values = values.double()
     if missing := int(values.isnan().sum()):
         raise ValueError(f"{name}: expected numbers, got NaN in {missing} of {length} rows.")
     return values

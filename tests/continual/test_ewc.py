@@ -265,3 +265,80 @@ def test_a_file_of_something_else_is_refused():
         EWCState.from_state_dict(tensors | {"fisher.0.bias": torch.full((4,), torch.nan)})
     with pytest.raises(ValueError, match=r"model: expected parameter '0.weight'"):
         EWC(nn.Linear(3, 2), 1.0).load_state_dict(tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"family": "poisson"}, ValueError, "family: expected one of .* got 'poisson'"),
+        ({"family": 3}, TypeError, "family: expected a name"),
+        ({"family": lambda output, target: output}, ValueError, "family: expected one with sample, or empirical=True"),
+        ({"reduction": "max"}, ValueError, "reduction: expected 'mean' or 'sum', got 'max'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size: expected an integer"),
+        ({"num_samples": 0}, ValueError, "num_samples: expected at least 1"),
+        ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got 0"),
+        ({"mode": "merged"}, ValueError, "mode: expected one of"),
+        ({"strength": "strong"}, ValueError, "strength: expected a number, not negative, got 'strong'"),
+        ({"strength": -0.5}, ValueError, "strength: expected a number, not negative, got -0.5"),
+        ({"model": [make()]}, TypeError, "model: expected a torch.nn.Module, got list"),
+    ],
+)
+def test_what_would_fail_after_a_task_fails_before_it(options, error, message):
+    with pytest.raises(error, match=message):
+        EWC(**({"model": make(), "strength": 1.0} | options))
+
+
+@pytest.mark.parametrize(
+    ("entries", "error", "message"),
+    [
+        ({"anchor.0.bias": torch.full((4,), torch.inf)}, ValueError, "anchor: expected finite numbers for '0.bias'"),
+        ({"fisher.0.bias": torch.full((4,), -1.0)}, ValueError, "fisher: expected nothing negative for '0.bias'"),
+        ({"fisher.0.bias": torch.full((4,), torch.inf)}, ValueError, "fisher: expected finite numbers for '0.bias'"),
+        ({"offset": torch.tensor(torch.nan)}, ValueError, "offset: expected a number, not negative, got"),
+        ({"offset": torch.tensor(-1.0)}, ValueError, "offset: expected a number, not negative, got"),
+        ({"offset": torch.zeros(1)}, ValueError, r"offset: expected a 0-d tensor, got shape \(1,\)"),
+        ({"num_tasks": torch.tensor(0)}, ValueError, "num_tasks: expected a whole number, at least 1, got 0"),
+        ({"num_tasks": torch.tensor(1.5)}, ValueError, "num_tasks: expected a whole number, at least 1, got 1.5"),
+        ({"num_tasks": torch.tensor(torch.nan)}, ValueError, "num_tasks: expected a whole number"),
+        ({"num_tasks": torch.tensor([1, 2])}, ValueError, r"num_tasks: expected a 0-d tensor, got shape \(2,\)"),
+        ({"num_tasks": 2}, TypeError, "tensors: expected tensors by name"),
+    ],
+)
+def test_a_state_that_is_none_is_refused_and_the_old_one_kept(entries, error, message):
+    model = make()
+    ewc = EWC(model, 1.0)
+    ewc.consolidate([torch.randn(5, 3).double()])
+    before = ewc.state
+    with pytest.raises(error, match=message):
+        ewc.load_state_dict(ewc.state_dict() | entries)
+    assert ewc.state is before
+    with pytest.raises(TypeError, match="tensors: expected tensors by name"):
+        ewc.load_state_dict(None)
+    with pytest.raises(ValueError, match="tensors: expected anchor"):
+        ewc.load_state_dict({"offset": torch.tensor(0.0), "num_tasks": torch.tensor(1)})
+    assert ewc.state is before
+
+
+@pytest.mark.parametrize(("mode", "decay"), [("separate", 1.0), ("online", 0.5)])
+def test_a_parameter_that_is_frozen_later_is_carried_on(mode, decay):
+    """As one that no later task asks anything of."""
+    model, x = make(), torch.randn(5, 3).double()
+    ewc = EWC(model, 2.0, mode=mode, decay=decay, num_samples=None)
+    first = ewc.consolidate([x]).state
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[2].weight.add_(0.3)
+    second = ewc.consolidate([x]).state
+    assert list(second.anchor) == list(first.anchor) and second.num_tasks == 2
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(second.anchor[name], first.anchor[name])
+        assert torch.equal(second.fisher[name], decay * first.fisher[name])
+    model.requires_grad_(True)
+    fisher = fisher_diagonal(model, [x], num_samples=None)
+    fisher |= {name: torch.zeros_like(value) for name, value in fisher.items() if name.startswith("0.")}
+    expected = consolidate(first, model, fisher, mode, decay)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in second.state_dict().items())
+    ewc.consolidate([x])  # and it may thaw again
+    assert ewc.state.num_tasks == 3 and (ewc.state.fisher["0.bias"] > second.fisher["0.bias"] * decay).any()
+    assert ewc.penalty().isfinite()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpseq.continual import Family, bernoulli, categorical, fisher_diagonal, gaussian
+from gpseq.continual import Family, bernoulli, categorical, fisher_diagonal, gaussian, tasks_by_key
 
 
 def make(dtype: torch.dtype, outputs: int = 3) -> nn.Sequential:
@@ -72,7 +72,7 @@ def test_linear_regression_has_a_closed_form(dtype):
     """F = mean of x^2 over the noise variance, whatever the weights and the targets are."""
     model, x = nn.Linear(3, 2).to(dtype), torch.randn(40, 3, dtype=dtype)
     expected = {"weight": (x.square().mean(0) / 0.5).expand(2, 3), "bias": torch.full((2,), 2.0, dtype=dtype)}
-    assert_same(fisher_diagonal(model, x.split(7), gaussian(0.5), num_samples=None), expected)
+    assert_same(fisher_diagonal(model, list(x.split(7)), gaussian(0.5), num_samples=None), expected)
     sampled = fisher_diagonal(model, [x.repeat(1000, 1)], gaussian(0.5), num_samples=1, chunk_size=10_000)
     assert_same(sampled, expected, rtol=0.05, atol=0.0)
 
@@ -224,6 +224,40 @@ BAD = {
     "samples": ([X4], {"num_samples": 0}, "num_samples: expected at least 1"),
     "reduction": ([X4], {"reduction": "max"}, "reduction: expected 'mean' or 'sum'"),
     "chunk": ([X4], {"chunk_size": 0}, "chunk_size: expected at least 1"),
+    "one class": (
+        [X4],
+        {"model": make(torch.float32, 1)},
+        r"family: .* 'categorical', got \(n, 1\); .* 'gaussian' .* 'bernoulli'",
+    ),
+    "one class, exactly": ([X4], {"model": make(torch.float32, 1), "num_samples": None}, r"family: .* got \(n, 1\)"),
+    "one class, empirical": (
+        [(X4, Y4)],
+        {"model": make(torch.float32, 1), "empirical": True},
+        r"family: .* got \(n, 1\)",
+    ),
+    "no class axis": (
+        [X4],
+        {"model": nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))},
+        r"family: expected outputs \(n, C\) .* got \(n,\)",
+    ),
+    "float labels": (
+        [(X4, Y4.float())],
+        {"empirical": True},
+        r"labels of torch.int64 .* got torch.float32 of shape \(4,\)",
+    ),
+    "label columns": ([(X4, Y4[:, None])], {"empirical": True}, r"labels of torch.int64 and shape \(4,\) .* \(4, 1\)"),
+    "no such label": ([(X4, Y4 + 3)], {"empirical": True}, "labels from 0 to 2 for 3 outputs, got 3"),
+    "negative label": ([(X4, Y4 - 1)], {"empirical": True}, "labels from 0 to 2 for 3 outputs, got -1"),
+    "signs": (
+        [(X4, torch.tensor([[1.0], [-1.0], [1.0], [1.0]]).expand(4, 3))],
+        {"empirical": True, "family": "bernoulli"},
+        "batches: expected labels 0 or 1 for 'bernoulli', got -1",
+    ),
+    "few targets": (
+        [(X4, X4[:, :2])],
+        {"empirical": True, "family": "gaussian"},
+        r"batches: expected targets of shape \(4, 3\), as the outputs have, got \(4, 2\)",
+    ),
     "several labels": ([X4], {"family": "bernoulli", "num_samples": None}, "num_samples: expected a number"),
 }
 
@@ -231,13 +265,67 @@ BAD = {
 @pytest.mark.parametrize(("batches", "options", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_named(batches, options, message):
     with pytest.raises(ValueError, match=message):
-        fisher_diagonal(M, batches, **options)
+        fisher_diagonal(**({"model": M, "batches": batches} | options))
 
 
 def test_arguments_of_the_wrong_kind():
     with pytest.raises(TypeError, match="batches: expected tensors, got ndarray"):
         fisher_diagonal(M, [X4.numpy()])
+    with pytest.raises(TypeError, match=r"generator: expected a torch\.Generator or None, got 0"):
+        fisher_diagonal(M, [X4], generator=0)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got builtin"):
+        fisher_diagonal(torch.sin, [X4])
     with pytest.raises(TypeError, match="family: expected a name, a Family or a function, got int"):
         fisher_diagonal(M, [X4], 3)
     with pytest.raises(ValueError, match="noise: expected a positive variance"):
         gaussian(0.0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "got"),
+    [
+        (X4, "Tensor"),
+        ((X4, Y4), "a tuple of tensors"),
+        ((X4,), "a tuple of tensors"),
+        (tasks_by_key(X4, Y4, 1)[0], "Task"),
+        (3, "int"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_batch_is_no_list_of_batches(batches, got):
+    """Rows of one tensor would be taken for batches, and targets for inputs."""
+    calls = []
+    model = make(torch.float32)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    expected = rf"batches: expected a list or loader of x or \(x, y\), got {got}; write \[x\]"
+    with pytest.raises(TypeError, match=expected):
+        fisher_diagonal(model, batches, num_samples=None)
+    assert not calls
+    assert_same(
+        fisher_diagonal(model, ((X4, Y4), (X4, Y4)), num_samples=None), fisher_diagonal(model, [X4], num_samples=None)
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.last = nn.GRU(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.memory(x)[0][:, -1])
+
+
+def test_a_network_that_cannot_be_mapped_is_named():
+    with pytest.raises(RuntimeError, match=r"model: expected gradients .* by torch.func.vmap.* \(torch.nn.GRU"):
+        fisher_diagonal(Recurrent(), [torch.randn(5, 6, 4)])
+
+
+def test_labels_that_suit_the_family_pass_in_any_form():
+    """Bernoulli and Gaussian targets of one output may lack the last axis; labels may be bools."""
+    model, x = make(torch.float64, 1), torch.randn(6, 4, dtype=torch.float64)
+    label = torch.tensor([0, 1, 1, 0, 1, 0])
+    expected = loop(model, x, label.double(), bernoulli())
+    for y in (label, label.bool(), label.double().unsqueeze(-1)):
+        assert_same(fisher_diagonal(model, [(x, y)], "bernoulli", empirical=True), expected)
+    y = torch.randn(6, dtype=torch.float64)
+    assert_same(fisher_diagonal(model, [(x, y)], "gaussian", empirical=True), loop(model, x, y, gaussian()))

@@ -128,3 +128,53 @@ def test_bad_scores_are_named():
         evaluate(tasks, lambda task: None, lambda task: {next(names): 0.0})
     with pytest.raises(ValueError, match=r"matrix: expected .* got torch.float32 of shape \(3, 2\)"):
         ScoreMatrix(torch.zeros(3, 2))
+
+
+def test_a_method_that_breaks_down_on_the_last_task_does_not_look_better_for_it():
+    """Its scores are NaN from its own row on, but it has test rows."""
+    tasks = tasks_by_key(X, X, 3, held_out=0.5)
+    found = evaluate(tasks, lambda task: None, lambda task: {"rmse": math.nan if task.name == "task 2" else 1.0})
+    matrix = found.scores["rmse"]
+    assert matrix.tested.tolist() == [True] * 3
+    assert matrix.average.isnan().tolist() == [False, True, True]
+    assert math.isnan(matrix.backward_transfer) and matrix.average_forgetting[-1].isnan()
+    again = Evaluation.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))).scores["rmse"]
+    assert again.tested.tolist() == [True] * 3 and again.average.isnan().tolist() == [False, True, True]
+    ahead = evaluate(tasks, lambda task: None, lambda task: {"rmse": math.nan}, future=True).scores["rmse"]
+    assert math.isnan(ahead.forward_transfer(torch.zeros(3)))
+
+
+def test_a_document_without_the_mask_is_read_and_infers_it():
+    matrix = ScoreMatrix(torch.tensor([[0.5, math.nan], [0.25, math.nan]], dtype=torch.float64))
+    document = Evaluation(("a", "b"), {"accuracy": matrix}, torch.zeros(2)).to_dict()
+    assert document["scores"]["accuracy"].pop("tested") is None
+    again = Evaluation.from_dict(document).scores["accuracy"]
+    assert again.tested is None and again.average.tolist() == [0.5, 0.25]
+
+
+def test_infinite_scores_pass_through_json():
+    scores = iter([1.0, math.inf, -math.inf])
+    found = evaluate(tasks_by_key(X, X, 2, held_out=0.5), lambda task: None, lambda task: {"nlpd": next(scores)})
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert document["scores"]["nlpd"]["values"] == [[1.0, None], ["inf", "-inf"]]
+    torch.testing.assert_close(
+        Evaluation.from_dict(document).scores["nlpd"].values, found.scores["nlpd"].values, equal_nan=True
+    )
+
+
+def test_scores_of_the_wrong_kind_are_named():
+    tasks = tasks_by_key(X, X, 2, held_out=0.5)
+    with pytest.raises(TypeError, match=r"score: expected numbers by name, .* got float for task 'task 1'"):
+        evaluate(tasks, lambda task: None, lambda task: 0.5)
+    with pytest.raises(TypeError, match=r"score: expected one number for 'rmse', got tensor\(\[0., 0.\]\)"):
+        evaluate(tasks, lambda task: None, lambda task: {"rmse": torch.zeros(2)})
+    learnt = []
+    with pytest.raises(TypeError, match="higher_is_better: expected a mapping from names to bools, got True"):
+        evaluate(tasks, learnt.append, lambda task: {"kappa": 0.5}, higher_is_better=True)
+    assert not learnt
+    with pytest.raises(TypeError, match="matrix: expected a tensor, got list"):
+        ScoreMatrix([[0.5]])
+    with pytest.raises(
+        ValueError, match=r"tested: expected a bool tensor of shape \(2,\), got torch.bool of shape \(1,\)"
+    ):
+        ScoreMatrix(torch.zeros(2, 2), tested=torch.ones(1, dtype=torch.bool))

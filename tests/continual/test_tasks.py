@@ -189,6 +189,11 @@ BAD = {
     "both": (lambda: tasks_by_time(X, X, X, 2, edges=[0, 9]), "edges: .* got both"),
     "edges": (lambda: tasks_by_time(X, X, X, edges=[0.0, 3.0, 3.0]), "edges: expected at least two increasing"),
     "NaN edge": (lambda: tasks_by_time(X, X, X, edges=[0.0, math.nan]), "edges: expected at least two increasing"),
+    "edges in columns": (
+        lambda: tasks_by_time(X, X, X, edges=torch.tensor([[0.0], [9.0]])),
+        "edges: expected at least",
+    ),
+    "edges as text": (lambda: tasks_by_time(X, X, X, edges=["0", "9"]), "edges: expected at least two increasing"),
     "one edge": (lambda: tasks_by_time(X, X, X, edges=[0.0]), "edges: expected at least two increasing"),
     "outside": (lambda: tasks_by_time(X, X, X, edges=[1.0, 4.0]), "t: .* got 0; 2 of 6 rows lie outside"),
     "infinite": (lambda: tasks_by_time(X / 0, X, X, 1), "t: expected numbers, got NaN in 1"),
@@ -220,8 +225,85 @@ def test_bad_input_is_named(call, message):
         (lambda: tasks_by_key(X, X, 2.0), "num_tasks: expected an integer"),
         (lambda: tasks_by_key(X, X, 2, key=True), "key: expected a column"),
         (lambda: tasks_by_key(X, X, 2, key=1.5), "key: expected a tensor of real numbers, got float"),
+        (lambda: tasks_by_class(X, X, (0, 1)), r"classes: expected .* such as \(\(0,\), \(1,\)\), got \(0, 1\)"),
+        (lambda: tasks_by_class(X, X, ("01", "23")), r"classes: expected .* got \('01', '23'\)"),
+        (
+            lambda: tasks_by_key(X, X, 2, held_out=0.5, generator=0),
+            "generator: expected a torch.Generator or None, got 0",
+        ),
+        (lambda: tasks_by_time(X, X, X, 2, generator=0), "generator: expected a torch.Generator or None, got 0"),
     ],
 )
 def test_arguments_of_the_wrong_kind(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("edges", [[0.7, 0.85, 1.0], (0.7, 0.85, 1.0)])
+def test_edges_that_are_numbers_are_those_of_the_times(edges, dtype):
+    """The 0.7 of float32 lies below 0.7, and belongs to the task that begins there nevertheless."""
+    t = torch.linspace(0.7, 1.0, 30, dtype=dtype)
+    assert t[0] == torch.tensor(0.7, dtype=dtype)
+    tasks = tasks_by_time(t, t, t, edges=edges)
+    assert [task.rows.tolist() for task in tasks] == [list(range(15)), list(range(15, 30))]
+
+
+def test_edges_are_rounded_for_each_of_times_and_test_times_and_tensors_are_not():
+    t = torch.tensor([0.7, 0.8])
+    tasks = tasks_by_time(t, t, t, edges=[0.7, 0.75, 0.8], test=(t, t, torch.tensor([0.7, 0.8], dtype=torch.float64)))
+    assert [task.test_rows.tolist() for task in tasks] == [[0], [1]]
+    with pytest.raises(ValueError, match=r"t: expected times between the edges 0\.7"):
+        tasks_by_time(t, t, t, edges=torch.tensor([0.7, 0.75, 0.9], dtype=torch.float64))
+
+
+LARGE = 2**60 + torch.tensor([3, 1, 2, 0])  # all one number in float64
+
+
+def test_large_integers_are_not_rounded():
+    """Such as nanoseconds since 1970."""
+    x = torch.arange(4.0)
+    assert LARGE.double().unique().numel() == 1
+    tasks = tasks_by_key(x, x, 2, key=LARGE, test=(x, x, LARGE))
+    assert [task.rows.tolist() for task in tasks] == [[3, 1], [2, 0]]
+    assert [task.test_rows.tolist() for task in tasks] == [[3, 1], [2, 0]]
+    edges = [2**60, 2**60 + 1, 2**60 + 3]
+    for cuts in (edges, torch.tensor(edges), [-math.inf, 2**60 + 1, math.inf]):
+        tasks = tasks_by_time(LARGE, x, x, edges=cuts, test=(x, x, LARGE))
+        assert [task.rows.tolist() for task in tasks] == [[3], [1, 2, 0]]
+        assert [task.test_rows.tolist() for task in tasks] == [[3], [1, 2, 0]]
+    assert [task.rows.tolist() for task in tasks_by_time(LARGE, x, x, 2)] == [[3, 1], [2, 0]]
+    with pytest.raises(ValueError, match=f"t: .* the edges {2**60} and {2**60 + 2}, got {2**60 + 3}; 1 of 4 rows"):
+        tasks_by_time(LARGE, x, x, edges=[2**60, 2**60 + 2])
+    tasks = tasks_by_class(x, LARGE, ((2**60, 2**60 + 2), (2**60 + 1,)), test=(x, LARGE))
+    assert [task.rows.tolist() for task in tasks] == [[2, 3], [1]] == [task.test_rows.tolist() for task in tasks]
+    assert tasks.names == (f"{2**60}, {2**60 + 2}", f"{2**60 + 1}")
+    with pytest.raises(ValueError, match="key: expected integers below 2\\^63"):
+        tasks_by_key(x, x, 2, key=torch.tensor([1, 2, 3, 2**64 - 1], dtype=torch.uint64))
+
+
+@given(times=st.lists(st.integers(-20, 20), min_size=1, max_size=20), data=st.data())
+def test_integers_are_cut_as_the_same_floats_are(times, data):
+    t = torch.tensor(times)
+    num_tasks = data.draw(st.integers(1, len(times)))
+    t_test = torch.tensor(data.draw(st.lists(st.floats(-25, 25), min_size=1, max_size=9)), dtype=torch.float64)
+    inner = data.draw(st.lists(st.floats(-19.9, 19.9), max_size=4, unique=True))
+    for options in ({"num_tasks": num_tasks}, {"edges": sorted([-21.5, *inner, 20.5])}):
+        tests = t_test if "num_tasks" in options else t_test.clamp(-21, 20)
+        streams = [
+            tasks_by_time(time, t, t, **options, test=(tests, tests, tests), empty="keep") for time in (t, t.double())
+        ]
+        assert streams[0].names == streams[1].names or "num_tasks" in options
+        for one, other in zip(*streams, strict=True):
+            assert one.rows.tolist() == other.rows.tolist()
+            assert one.test_rows.tolist() == other.test_rows.tolist()
+    keyed = [tasks_by_key(t, t, num_tasks, key=key, test=(tests, tests, tests)) for key in (t, t.double())]
+    for one, other in zip(*keyed, strict=True):
+        assert one.rows.tolist() == other.rows.tolist() and one.test_rows.tolist() == other.test_rows.tolist()
+
+
+def test_float_classes_of_integer_labels_and_the_other_way_round():
+    y = torch.tensor([0, 1, 2])
+    tasks = tasks_by_class(y, y, ((0.0,), (torch.tensor(1.0), 2)), test=(y, y.float()))
+    assert [task.rows.tolist() for task in tasks] == [[0], [1, 2]] == [task.test_rows.tolist() for task in tasks]
+    half = tasks_by_class(y, y / 2, ((0.5,),), test=(y, y))
+    assert half[0].rows.tolist() == [1] and half[0].test_rows.tolist() == []
