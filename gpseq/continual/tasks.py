@@ -6,7 +6,6 @@ second copy of the data, and ``Task.rows`` cuts any further array in the same wa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpseq.checks import check_count, check_number
+from gpseq.continual.cuts import as_number, as_text, check_edges, check_keys, interval_of, key_of, last_not_above
 
 ORDERS = ("sorted", "given")
 EMPTY = ("error", "keep", "drop")
@@ -141,15 +141,15 @@ def tasks_by_key(
     check_count("num_tasks", num_tasks)
     if num_tasks > length:
         raise ValueError(f"num_tasks: expected at most one for each of {length} rows, got {num_tasks}.")
-    values = _keys("key", key, x)
+    values = key_of("key", key, x)
     parts = _stable_argsort(values).tensor_split(num_tasks)
     tests = None
     if test is not None:
         x_test, _, *rest = _check_test(test, with_key=isinstance(key, Tensor), what="key")
-        places = _keys("test", rest[0] if rest else key, x_test)
+        places = key_of("test", rest[0] if rest else key, x_test)
         # Cuts by the first key of each task, so that nothing lies between two tasks.
         smallest = torch.stack([values[part[0]] for part in parts])
-        tests = _parts_by_number(_last_not_above(smallest, places).clamp(min=0), places, num_tasks)
+        tests = _parts_by_number(last_not_above(smallest, places).clamp(min=0), places, num_tasks)
     names = tuple(f"task {number + 1}" for number in range(num_tasks))
     return _stream(names, x, y, parts, tests, test, held_out, generator, order, "error")
 
@@ -201,7 +201,7 @@ def tasks_by_time(
         [('0 to 5', 2), ('5 to 10', 3)]
     """
     length = _check_data("x", x, "y", y)
-    times = _check_keys("t", t, length)
+    times = check_keys("t", t, length)
     if (num_tasks is None) == (edges is None):
         raise ValueError("edges: expected either num_tasks or edges, got " + ("none." if edges is None else "both."))
     if num_tasks is not None:
@@ -216,18 +216,18 @@ def tasks_by_time(
         if isinstance(low, int):  # such as nanoseconds: cut exactly
             cuts = [low + Fraction(k * int(high - low), num_tasks) for k in range(num_tasks + 1)]
     else:
-        cuts = named = _edges(edges)
+        cuts = named = check_edges(edges)
         num_tasks = len(cuts) - 1
     round_to = t.dtype if edges is not None and not isinstance(edges, Tensor) else None
-    parts = _parts_by_number(_interval("t", times, cuts, round_to), times, num_tasks)
+    parts = _parts_by_number(interval_of("t", times, cuts, round_to), times, num_tasks)
     tests = None
     if test is not None:
         x_test, _, t_test = _check_test(test, with_key=True, what="t")
-        places = _check_keys("test", t_test, len(x_test))
+        places = check_keys("test", t_test, len(x_test))
         inside = places if edges is not None else places.clamp(times.min().item(), times.max().item())
         round_to = None if round_to is None else t_test.dtype
-        tests = _parts_by_number(_interval("test", inside, cuts, round_to), places, num_tasks)
-    names = tuple(f"{_text(low)} to {_text(high)}" for low, high in pairwise(named))
+        tests = _parts_by_number(interval_of("test", inside, cuts, round_to), places, num_tasks)
+    names = tuple(f"{as_text(low)} to {as_text(high)}" for low, high in pairwise(named))
     return _stream(names, x, y, parts, tests, test, held_out, generator, order, empty)
 
 
@@ -264,20 +264,20 @@ def tasks_by_class(
         [('0, 1', [1, 2, 4]), ('2, 3', [0, 3])]
     """
     length = _check_data("x", x, "y", y)
-    labels = _check_keys("y", y, length)
+    labels = check_keys("y", y, length)
     try:
-        groups = [[_number(label) for label in group] for group in classes]
+        groups = [[as_number(label) for label in group] for group in classes]
     except TypeError:
         raise TypeError(f"classes: expected the labels of each task, such as ((0,), (1,)), got {classes!r}.") from None
     flat = [label for group in groups for label in group]
     if not groups or not all(groups):
         raise ValueError(f"classes: expected one class or more for each task, got {classes!r}.")
     if twice := sorted({label for label in flat if flat.count(label) > 1}):
-        raise ValueError(f"classes: expected each class in one task, got class {_text(twice[0])} twice.")
+        raise ValueError(f"classes: expected each class in one task, got class {as_text(twice[0])} twice.")
     there = set(labels.unique().tolist())
     if unknown := sorted(set(flat) - there):
-        known = ", ".join(_text(label) for label in sorted(there)[:20])
-        raise ValueError(f"classes: no row of y has class {_text(unknown[0])}; there are {known}.")
+        known = ", ".join(as_text(label) for label in sorted(there)[:20])
+        raise ValueError(f"classes: no row of y has class {as_text(unknown[0])}; there are {known}.")
 
     def members(labels: Tensor) -> list[Tensor]:
         return [torch.isin(labels, labels.new_tensor(group)).nonzero().squeeze(-1) for group in groups]
@@ -285,9 +285,9 @@ def tasks_by_class(
     tests = None
     if test is not None:
         x_test, y_test = _check_test(test, with_key=False, what="y")
-        test_labels = _check_keys("test", y_test, len(x_test))
+        test_labels = check_keys("test", y_test, len(x_test))
         tests = members(test_labels.double() if labels.is_floating_point() else test_labels)
-    names = tuple(", ".join(_text(label) for label in group) for group in groups)
+    names = tuple(", ".join(as_text(label) for label in group) for group in groups)
     return _stream(names, x, y, members(labels), tests, test, held_out, generator, "given", "error")
 
 
@@ -357,101 +357,10 @@ def _stable_argsort(key: Tensor) -> Tensor:
     return key.argsort(stable=True)
 
 
-def _interval(name: str, times: Tensor, cuts: Sequence[float | Fraction], round_to: torch.dtype | None) -> Tensor:
-    """Number of the interval that each time lies in."""
-    if times.is_floating_point():
-        bounds = torch.tensor([float(cut) for cut in cuts], dtype=torch.float64)
-        if round_to is not None and round_to.is_floating_point:
-            bounds = bounds.to(round_to).double()
-    else:
-        # An integer is not below a number if it is not below the next integer, and not above it likewise.
-        whole = [_whole(cut, math.ceil) for cut in cuts[:-1]] + [_whole(cuts[-1], math.floor)]
-        bounds = torch.tensor(whole, dtype=torch.int64)
-    outside = (times < bounds[0]) | (times > bounds[-1])
-    if bool(outside.any()):
-        raise ValueError(
-            f"{name}: expected times between the edges {_text(cuts[0])} and {_text(cuts[-1])}, got "
-            f"{_text(times[outside][0].item())}; {int(outside.sum())} of {len(times)} rows lie outside."
-        )
-    return _last_not_above(bounds[:-1], times)
-
-
-def _last_not_above(bounds: Tensor, values: Tensor) -> Tensor:
-    """Number of the last bound that is not above each value, -1 where all are."""
-    if bounds.dtype != values.dtype:
-        bounds, values = bounds.double(), values.double()
-    return torch.searchsorted(bounds, values, right=True) - 1
-
-
-def _edges(edges: Any) -> list[float]:
-    """As Python's numbers, which hold large integers."""
-    try:
-        numbers = [_number(edge) for edge in edges]
-    except (TypeError, ValueError, RuntimeError):
-        numbers = []
-    if getattr(edges, "ndim", 1) != 1 or len(numbers) < 2 or not all(low < high for low, high in pairwise(numbers)):
-        raise ValueError(f"edges: expected at least two increasing times, got {edges!r}.")
-    return numbers
-
-
-def _number(value: Any) -> float:
-    """A Python integer or float."""
-    number = value.item() if hasattr(value, "item") else value
-    if isinstance(number, str):
-        raise TypeError(f"expected a number, got {number!r}.")
-    return int(number) if isinstance(number, int) else float(number)
-
-
-def _whole(number: float | Fraction, rounded: Callable[[Any], int]) -> int:
-    limits = torch.iinfo(torch.int64)
-    if math.isinf(number):
-        return limits.max if number > 0 else limits.min
-    return min(max(rounded(number), limits.min), limits.max)
-
-
-def _text(number: float | Fraction) -> str:
-    return str(number) if isinstance(number, int) else f"{float(number):g}"
-
-
 def check_generator(generator: Any) -> None:
     """``None`` or a generator."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}.")
-
-
-def _keys(name: str, key: Any, x: Tensor) -> Tensor:
-    """The key of each row, ``(n,)`` float64 or int64 on the CPU."""
-    if isinstance(key, bool):
-        raise TypeError(f"{name}: expected a column, 'norm', a function or a tensor, got {key!r}.")
-    if isinstance(key, int):
-        columns = x.unsqueeze(-1) if x.dim() == 1 else x
-        if columns.dim() != 2 or not -columns.shape[-1] <= key < columns.shape[-1]:
-            raise ValueError(f"{name}: expected a column of x of shape {tuple(x.shape)}, got {key}.")
-        key = columns[:, key]
-    elif isinstance(key, str):
-        if key != "norm":
-            raise ValueError(f"{name}: expected a column, 'norm', a function or a tensor, got {key!r}.")
-        key = x.detach().double().flatten(1).norm(dim=-1) if x.dim() > 1 else x.abs()
-    elif callable(key):
-        key = key(x)
-    return _check_keys(name, key, len(x))
-
-
-def _check_keys(name: str, key: Any, length: int) -> Tensor:
-    if not isinstance(key, Tensor) or key.is_complex():
-        raise TypeError(f"{name}: expected a tensor of real numbers, got {type(key).__name__}.")
-    if key.shape != (length,):
-        raise ValueError(f"{name}: expected one number for each of {length} rows, got shape {tuple(key.shape)}.")
-    values = key.detach().cpu()
-    if not values.is_floating_point():
-        whole = values.long()  # float64 has no room for integers above 2^53, such as nanoseconds since 1970
-        if values.dtype == torch.uint64 and bool((whole < 0).any()):
-            raise ValueError(f"{name}: expected integers below 2^63, got a larger one.")
-        return whole
-    values = values.double()
-    if missing := int(values.isnan().sum()):
-        raise ValueError(f"{name}: expected numbers, got NaN in {missing} of {length} rows.")
-    return values
 
 
 def _check_data(name_x: str, x: Any, name_y: str, y: Any) -> int:
