@@ -37,6 +37,7 @@ EAGER = {"torch", "gpytorch", "linear_operator", "numpy", "gpseq"} | set(sys.std
 # A class that subclasses a host's needs the host when its module is imported, and its module needs nothing else.
 HOSTS = {
     "gpseq.integrations.botorch": {"botorch"},
+    "gpseq.integrations.botorch_defaults": {"botorch"},
     "gpseq.integrations.botorch_transforms": {"botorch"},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import gpytorch
 import torch
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood
 from gpytorch.means import ConstantMean, Mean
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -19,10 +19,10 @@ from linear_operator import to_linear_operator
 from torch import Tensor, nn
 
 from gpseq.checks import check_count, check_floating
-from gpseq.features import InducingFeatures, InducingPoints, space_time_features, spread_points
+from gpseq.features import InducingFeatures
 from gpseq.models import StreamingGP
 from gpseq.models.observations import is_gaussian
-from gpseq.variational import online
+from gpseq.variational import OnlineState, online
 
 try:
     from botorch import settings
@@ -35,7 +35,6 @@ try:
     from botorch.models.transforms.outcome import OutcomeTransform
     from botorch.models.utils.gpytorch_modules import (
         MIN_INFERRED_NOISE_LEVEL,
-        get_covar_module_with_dim_scaled_prior,
         get_gaussian_likelihood_with_lognormal_prior,
     )
     from botorch.posteriors.gpytorch import GPyTorchPosterior
@@ -43,15 +42,15 @@ try:
 except ImportError as error:
     raise ImportError("gpseq.integrations.botorch needs BoTorch: pip install 'gpseq[botorch]'.") from error
 
+from gpseq.integrations.botorch_defaults import check_in_unit_cube, default_features, default_kernel
 from gpseq.integrations.botorch_transforms import FixedStandardize, check_transforms
 
 __all__ = ["FixedStandardize", "StreamingSingleTaskGP"]
 
-# Features where none are given: points in the unit cube; times of a memory, and points at which it is kept.
-NUM_POINTS, NUM_TIMES, NUM_PLACES = 100, 12, 16
-
 #: Posterior covariances of more numbers stay lazy.
 LARGEST_DENSE = 10_000_000
+
+_THE_ONE_OUTPUT = ([0], [-1])
 
 _WINDOW = ("_window_X", "_window_Y", "_window_Yvar")
 
@@ -64,12 +63,16 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
     and thereby ``fantasize`` and the acquisition functions that look ahead. Only the window of observations that
     hyperparameters are fitted to is kept, at most ``warmup_size``.
 
+    A single model owns its hyperparameters. A batch of fantasies shares them with the model that it is of, and is
+    therefore neither fitted nor loaded into.
+
     Features and kernel live in the units that come out of ``input_transform``, the likelihood and its noise in those
     of ``outcome_transform``. Both transforms must be fixed: one that learns, or that depends on the batch, would change
     the units of a belief that cannot be recomputed, because its data are gone.
 
     Args:
-        train_X: inputs, ``(n, d)``; n may be 0.
+        train_X: inputs, ``(n, d)``; n may be 0, unless ``time_dim`` is given without ``features``: then the first time
+            is where the memory begins.
         train_Y: targets, ``(n, 1)``. ``ModelListGP`` makes several of these models one of several outputs.
         train_Yvar: known noise variances, ``(n, 1)``, in the square of the unit of ``train_Y``. Then each update needs
             its own; ``None`` infers one variance.
@@ -80,7 +83,8 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         mean_module: ``None`` is a constant.
         features: what is remembered. ``None`` is ``InducingPoints`` at 100 points of the unit cube
             (:func:`gpseq.features.spread_points`); with ``time_dim``, a memory of time at each of 16 points of the
-            other columns' unit cube (:func:`gpseq.features.space_time_features`). Fantasies see only what the features
+            other columns' unit cube (:func:`gpseq.features.space_time_features`). Data elsewhere than in that cube are
+            then refused, because nothing would be remembered of them. Fantasies see only what the features
             resolve: features must cover where candidates may lie, which points selected from the data
             (``SelectedPoints``) do not.
         time_dim: the column of time, or ``None`` where there is none.
@@ -96,7 +100,7 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
 
     Raises:
         TypeError: something of the wrong kind.
-        ValueError: shapes or values that do not fit; transforms that learn.
+        ValueError: shapes or values that do not fit; transforms that learn; data beyond the default features.
 
     Example:
         >>> from botorch.fit import fit_gpytorch_mll
@@ -116,6 +120,7 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
     _window_Y: Tensor
     _window_Yvar: Tensor | None
     _mean_noise: Tensor | None
+    _unit_columns: Tensor
 
     def __init__(
         self,
@@ -160,18 +165,21 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
             time_dim %= num_dims
         elif window is not None:
             raise ValueError("window: only a time column has one; give time_dim.")
+        unit_columns = torch.zeros(num_dims, dtype=torch.bool, device=x.device)
         if features is None:
-            features = _default_features(x, time_dim, window)
+            unit_columns = torch.tensor([column != time_dim for column in range(num_dims)], device=x.device)
+            features = default_features(x, time_dim, window)
         elif window is not None:
             raise ValueError("window: features that are given have their own; expected None.")
-        covar_module = _default_kernel(num_dims, time_dim).to(x) if covar_module is None else covar_module
+        covar_module = default_kernel(num_dims, time_dim).to(x) if covar_module is None else covar_module
         mean_module = ConstantMean().to(x) if mean_module is None else mean_module
         options: dict[str, Any] = {"horizon_growth": horizon_growth, "transfer": transfer, "jitter": jitter}
         options |= {"max_features": max_features, "tolerance": tolerance}
         stream = StreamingGP(features, covar_module, likelihood, mean_module, **options)
-        self._begin(stream, input_transform, outcome_transform, warmup_size, train_X)
-        self.update(train_X, train_Y, train_Yvar)
+        self._begin(stream, input_transform, outcome_transform, warmup_size, train_X, unit_columns)
+        check_in_unit_cube("train_X", x, unit_columns)
         self.to(train_X)
+        self.update(train_X, train_Y, train_Yvar)
 
     def _begin(
         self,
@@ -180,6 +188,7 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         outcome_transform: OutcomeTransform | None,
         warmup_size: int,
         like: Tensor,
+        unit_columns: Tensor,
     ) -> None:
         gpytorch.Module.__init__(self)
         if not is_gaussian(stream.likelihood):
@@ -198,8 +207,13 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         # The likelihood does not save its noise.
         noise = stream.likelihood.noise.detach().mean().reshape(1) if self._known_noise else None
         self.register_buffer("_mean_noise", noise)
-        # Where a belief is built anew; no module, because it is no part of the state.
-        object.__setattr__(self, "_first_features", copy.deepcopy(stream.features))
+        # Columns of which the features, if they are the default ones, remember the unit interval only.
+        self.register_buffer("_unit_columns", unit_columns)
+        # See _features_to_begin_with.
+        self._first_features = copy.deepcopy(stream.features)
+        self._followed = (stream.features,)
+        #: G and the factor that belongs to it: of the last prediction, for the next one.
+        self._factor: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_stream(
@@ -230,7 +244,8 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         model = cls.__new__(cls)
         dtype = next((p.dtype for p in stream.covar_module.parameters()), torch.float64)
         like = torch.empty(0, stream.features.num_dims, dtype=dtype, device=stream.state.r.device)
-        model._begin(stream, input_transform, outcome_transform, warmup_size, like)
+        anywhere = torch.zeros(stream.features.num_dims, dtype=torch.bool, device=like.device)
+        model._begin(stream, input_transform, outcome_transform, warmup_size, like, anywhere)
         return model
 
     @property
@@ -299,10 +314,16 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
             expected = "variances, as at construction" if self._known_noise else "None, because the noise is inferred"
             raise ValueError(f"Yvar: expected {expected}, got {None if Yvar is None else tuple(Yvar.shape)}.")
         with torch.no_grad():
+            self._features_to_begin_with()
             x = _preprocess(getattr(self, "input_transform", None), X)
+            check_in_unit_cube("X", x, self._unit_columns)
             y, noise = self._outcomes(Y, Yvar, X)
+            if not y.isfinite().all():
+                after = " after the outcome transform" if Y.isfinite().all() else ""
+                raise ValueError(f"Y: expected finite targets{after}, got NaN or infinity in shape {tuple(Y.shape)}.")
             seen = self.model.num_observations
             self.model.update(x, y.squeeze(-1), None if noise is None else noise.squeeze(-1))
+            self._followed = (self.features,)
             if X.dim() == 2 and not self.batch_shape:
                 self._remember(X, y, noise)
             if noise is not None and self._mean_noise is not None and noise.numel():
@@ -315,10 +336,11 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
     ) -> StreamingSingleTaskGP:
         """A new model of the same type that has also seen (X, Y), in one closed-form step; this one is untouched.
 
-        Only the information is new: the hyperparameters are shared, and no data are kept. Differentiable in ``X`` and
-        ``Y``. Batches of targets share what they can: with X of shape ``(16, n, d)`` and Y ``(64, 16, n, 1)`` there are
-        16 information matrices for 1,024 models. The memory of time does not move on; what lies beyond its end is seen
-        as far as the kernel correlates.
+        No data are kept. Differentiable in ``X`` and ``Y``. A single new model has copies of the hyperparameters and
+        goes its own way; a batch of models shares them with this one, so that only the information is new. Batches of
+        targets share what they can: with X of shape ``(16, n, d)`` and Y ``(64, 16, n, 1)`` there are 16 information
+        matrices for 1,024 models. The memory of time does not move on; what lies beyond its end is seen as far as the
+        kernel correlates.
 
         Args:
             X: inputs, ``(*b, n, d)``.
@@ -354,17 +376,22 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         Returns:
             The new model.
         """
-        stream = self.model.condition_on_observations(inputs, targets, noise, share=True, **kwargs)
+        # What is shared must not be changed through the new model: a batch can be neither fitted nor loaded into.
+        share = targets.dim() > 1 or inputs.dim() > 2 or len(self.batch_shape) > 0
+        stream = self.model.condition_on_observations(inputs, targets, noise, share=share, **kwargs)
         if targets.shape[-1] == 0:  # nothing to learn, and yet a batch of models
             state = stream.state
             batch = torch.broadcast_shapes(targets.shape[:-1], inputs.shape[:-2], state.r.shape[:-1])
             stream._replace(stream.features, replace(state, r=state.r.expand(*batch, -1), c=state.c.expand(batch)))
-        if self._known_noise:  # no hyperparameter, but the mean noise of what *this* model has seen
-            stream.likelihood = copy.deepcopy(stream.likelihood)
         kept: list[Any] = [buffer for buffer in self._buffers.values() if buffer is not None]
-        kept += [module for name, part in self.named_children() if name != "model" for module in part.modules()]
-        kept.append(self._first_features)
-        return copy.deepcopy(self, {id(self.model): stream} | {id(value): value for value in kept})
+        if share:
+            stream.learn = "never"
+            if self._known_noise:  # no hyperparameter, but the mean noise of what *this* model has seen
+                stream.likelihood = copy.deepcopy(stream.likelihood)
+            kept += [module for name, part in self.named_children() if name != "model" for module in part.modules()]
+        memo = {id(value): value for value in kept}
+        # Features that this model has followed to where they are, the new one has.
+        return copy.deepcopy(self, memo | {id(self.model): stream, id(self.features): stream.features})
 
     def posterior(  # type: ignore[override]
         self,
@@ -377,20 +404,29 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
 
         Args:
             X: ``(*b, q, d)``; its batch broadcasts with :attr:`batch_shape`.
-            output_indices: ``None`` or the one output.
+            output_indices: ``None`` or the one output, ``[0]`` or ``[-1]``.
             observation_noise: add noise: the inferred one, or the mean of the known ones; or variances ``(*b, q, 1)``
                 or ``(*b, 1, 1)``, after the outcome transform.
             posterior_transform: applied last.
 
         Returns:
             A ``GPyTorchPosterior``, unless a transform makes something else of it.
+
+        Raises:
+            TypeError: ``X`` is not a floating-point tensor.
+            ValueError: shapes that do not fit, or another output.
         """
-        if output_indices is not None and [index % 1 for index in output_indices] != [0]:
+        if output_indices is not None and list(output_indices) not in _THE_ONE_OUTPUT:
             raise ValueError(f"output_indices: expected None or [0], this model has one output; got {output_indices}.")
         check_floating("X", X)
         if X.dim() < 2:
             raise ValueError(f"X: expected shape (*b, q, d), got {tuple(X.shape)}.")
         self._check_columns(X)
+        try:
+            torch.broadcast_shapes(X.shape[:-2], self.batch_shape)
+        except RuntimeError:
+            got, expected = tuple(X.shape), tuple(self.batch_shape)
+            raise ValueError(f"X: shape {got} does not broadcast with models of batch shape {expected}.") from None
         self.eval()
         x = self.transform_inputs(X)
         f = self._predict(x)
@@ -415,7 +451,7 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
 
     def subset_output(self, idcs: list[int]) -> StreamingSingleTaskGP:
         """A copy, if the one output is asked for."""
-        if [index % 1 for index in idcs] != [0]:
+        if list(idcs) not in _THE_ONE_OUTPUT:
             raise NotImplementedError(f"idcs: this model has one output; expected [0], got {idcs}.")
         return copy.deepcopy(self)
 
@@ -479,7 +515,7 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
             stream._replace(stream.features, strategy.current_state())
             return
         before = stream._snapshot()
-        features = copy.deepcopy(self._first_features).to(stream.state.r.device)
+        features = copy.deepcopy(self._features_to_begin_with())
         try:
             stream._replace(features, strategy.basis_of(features), 0.0)
             stream._begun = False
@@ -488,6 +524,15 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
         except BaseException:
             stream._restore(before)
             raise
+        self._followed = (stream.features,)
+
+    def _features_to_begin_with(self) -> InducingFeatures:
+        """Where a belief is built anew: before all data that were followed, and after what it was rebased on."""
+        if self._followed[0] is not self.features:
+            self._first_features = copy.deepcopy(self.features)
+            self._followed = (self.features,)
+            self._buffers["_unit_columns"] = torch.zeros_like(self._unit_columns)
+        return self._first_features
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Mapping[str, Any], strict: bool = True, keep_transforms: bool = False, assign: bool = False
@@ -499,18 +544,33 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
             strict: as in torch.
             keep_transforms: of no effect: there are no training data whose units could change.
             assign: as in torch.
+
+        Raises:
+            ValueError: this is a batch of fantasies, whose hyperparameters are those of another model.
         """
         return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in (*_WINDOW, "_mean_noise"):
+        if self.batch_shape:
+            got = tuple(self.batch_shape)
+            raise ValueError(f"state_dict: a batch of models {got} is not loaded into; load the model it is of.")
+        self._followed = (self.features,)
+        for name in (*_WINDOW, "_mean_noise", "_unit_columns"):
             saved, buffer = state_dict.get(f"{prefix}{name}"), getattr(self, name)
             if isinstance(saved, Tensor) and buffer is not None:
-                # New ones, because fantasies share the old ones.
+                # New ones, because models that were conditioned share the old ones.
                 self._buffers[name] = buffer.new_empty(saved.shape)
         gpytorch.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
         if self._mean_noise is not None:
             self._set_mean_noise(self._mean_noise)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._features_to_begin_with()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tensors of its own, which the factor would not be found by.
+        return self.__dict__ | {"_factor": None}
 
     def _set_transformed_inputs(self) -> None:
         """Nothing: no training inputs are predicted from."""
@@ -553,13 +613,24 @@ class StreamingSingleTaskGP(GPyTorchModel, FantasizeMixin, GP):
             return self.model(x)
         state = strategy.current_state()
         A = online.whiten(state, prior, x)
-        # Fantasies differ in r only: their common factor is not repeated for each of them.
-        _, scale_tril = online.posterior(replace(state, r=torch.zeros_like(state.G[..., 0])))
+        scale_tril = self._scale_tril(state)
         spread = scale_tril.mT @ A
         mean = prior.mean_at(x) + (state.r.unsqueeze(-2) @ (scale_tril @ spread)).squeeze(-2)
         covariance = prior.covariance(x.double(), x.double()) + spread.mT @ spread - A.mT @ A
         mean, covariance = mean.expand(*batch, size), covariance.expand(*batch, size, size)
         return MultivariateNormal(mean.to(x.dtype), to_linear_operator(covariance.to(x.dtype)))
+
+    def _scale_tril(self, state: OnlineState) -> Tensor:
+        """Factor of the posterior covariance of the features, which changes when the model learns and not before."""
+        if self._factor is not None and self._factor[0] is state.G:
+            return self._factor[1]
+        # Fantasies differ in r only: their common factor is not repeated for each of them.
+        common = replace(state, r=torch.zeros_like(state.G[..., 0]))
+        if state.G.requires_grad:
+            return online.posterior(common)[1]
+        with torch.inference_mode(False), torch.no_grad():
+            self._factor = state.G, online.posterior(common)[1]
+        return self._factor[1]
 
     def _noisy(self, f: MultivariateNormal, noise: bool | Tensor) -> MultivariateNormal:
         if isinstance(noise, Tensor):
@@ -593,26 +664,3 @@ def _check_data(X: Tensor, Y: Tensor, Yvar: Tensor | None, conditioning: bool = 
 
 def _preprocess(transform: InputTransform | None, X: Tensor) -> Tensor:
     return X if transform is None else transform.preprocess_transform(X)
-
-
-def _default_features(x: Tensor, time_dim: int | None, window: float | None) -> InducingFeatures:
-    num_dims = x.shape[-1]
-    if time_dim is None:
-        return InducingPoints(spread_points(NUM_POINTS, num_dims))
-    times = x[:, time_dim].double()
-    start, last = (times.min().item(), times.max().item()) if len(times) else (0.0, 0.0)
-    horizon = last if last > start else start + (window or 1.0)
-    places = torch.zeros(1, 0) if num_dims == 1 else spread_points(NUM_PLACES, num_dims - 1)
-    return space_time_features(NUM_TIMES, places, window, start, horizon, time_dim)
-
-
-def _default_kernel(num_dims: int, time_dim: int | None) -> Kernel:
-    groups = [[time_dim], [c for c in range(num_dims) if c != time_dim]] if time_dim is not None else [None]
-    kernel: Kernel | None = None
-    for columns in groups:
-        if columns == []:
-            continue
-        size = num_dims if columns is None else len(columns)
-        part = get_covar_module_with_dim_scaled_prior(ard_num_dims=size, active_dims=columns)
-        kernel = part if kernel is None else kernel * part
-    return ScaleKernel(kernel)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from botorch.models.transforms.input import InputTransform
 from botorch.models.transforms.outcome import OutcomeTransform, Standardize
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.posteriors.posterior import Posterior
+from botorch.posteriors.transformed import TransformedPosterior
 from torch import Tensor
 
+from gpseq.precision import Float64Buffers
 
-class FixedStandardize(Standardize):
+
+class FixedStandardize(Float64Buffers, Standardize):
     """Standardisation with a mean and a standard deviation that are given and stay: ``(Y - mean) / std``.
 
     BoTorch's ``Standardize`` learns both from the data that it meets in training mode; a stream would change its
-    units behind its own back.
+    units behind its own back. The numbers stay in float64 whatever the model is cast to; what is transformed keeps its
+    own dtype.
 
     Args:
         mean: a number, or one for each output.
@@ -44,6 +51,24 @@ class FixedStandardize(Standardize):
         """Standardise; the dtype of ``Y`` stays."""
         scaled, variances = super().forward(Y, Yvar, X)
         return scaled.to(Y), None if Yvar is None or variances is None else variances.to(Yvar)
+
+    def untransform(
+        self, Y: Tensor, Yvar: Tensor | None = None, X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Back to the units of the data; the dtype of ``Y`` stays."""
+        scaled, variances = super().untransform(Y, Yvar, X)
+        return scaled.to(Y), None if Yvar is None or variances is None else variances.to(Yvar)
+
+    def untransform_posterior(
+        self, posterior: Posterior, X: Tensor | None = None
+    ) -> GPyTorchPosterior | TransformedPosterior:
+        """A posterior in the units of the data and in its own dtype."""
+        rounded = copy.copy(self)
+        rounded._buffers = {
+            name: value.to(posterior.dtype) if value is not None and value.is_floating_point() else value
+            for name, value in self._buffers.items()
+        }
+        return Standardize.untransform_posterior(rounded, posterior, X)
 
     def train(self, mode: bool = True) -> FixedStandardize:
         """Of no effect: there is nothing to learn."""

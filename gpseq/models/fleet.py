@@ -14,13 +14,14 @@ from gpytorch.likelihoods import Likelihood
 from gpytorch.means import Mean
 from torch import Tensor
 
-from gpseq.checks import check_count, check_floating
+from gpseq.checks import check_count
 from gpseq.features import InducingFeatures
 from gpseq.features.base import as_inputs
+from gpseq.models.fleet_inputs import arranged, check_places, check_streams
 from gpseq.models.observations import Observations, is_gaussian
 from gpseq.models.streaming_gp import LARGEST_LOG_SCALE, StreamingGP, _check_steps
 from gpseq.precision import floating_tensors
-from gpseq.variational import Belief, OnlineState, online
+from gpseq.variational import Belief, OnlineState
 from gpseq.variational.independent import OWN, rows, update_each
 from gpseq.variational.sites import Convergence
 
@@ -99,7 +100,7 @@ class StreamingFleet(StreamingGP):
             tolerance=tolerance,
             jitter=jitter,
         )
-        state = self.variational_strategy.state
+        state = self.state
         if state.nodes.dim() != 2:
             raise ValueError(f"features: expected nodes of shape (Q, d), got {tuple(state.nodes.shape)}.")
         for name, shape in (
@@ -116,39 +117,25 @@ class StreamingFleet(StreamingGP):
         }
         with torch.inference_mode(False):
             self.variational_strategy.state = replace(state, **own)
-        # Whether somebody else holds the tensors of the state, which then must not be written into.
-        self._lent = False
 
     @property
     def num_streams(self) -> int:
         """S."""
-        return self.variational_strategy.state.r.shape[-2]
+        return self._now.r.shape[-2]
 
     def __len__(self) -> int:
         return self.num_streams
 
     @property
-    def state(self) -> OnlineState:
-        """What the fleet knows, as one frozen value; G, r, c and count have batch shape ``(S,)``."""
-        self._lent = True
-        return self.variational_strategy.state
+    def _now(self) -> OnlineState:
+        """The state, to be looked at and not to be kept or given away."""
+        with self.variational_strategy.belief._looked_at():
+            return self.state
 
     @property
     def counts(self) -> Tensor:
         """Observations absorbed by each stream, ``(S,)``, int64."""
-        return self.variational_strategy.state.count.clone()
-
-    @property
-    def num_observations(self) -> int:
-        """Observations absorbed so far, by all streams together."""
-        state = self.variational_strategy.state
-        return int(state.count.expand(state.r.shape[:-1]).sum())
-
-    @property
-    @torch.no_grad()
-    def log_evidence(self) -> Tensor:
-        """Running evidence bound of each stream, ``(S,)``, in nats; see :attr:`StreamingGP.log_evidence`."""
-        return online.log_evidence(self.variational_strategy.state)
+        return self._now.count.clone()
 
     def update(
         self,
@@ -176,7 +163,8 @@ class StreamingFleet(StreamingGP):
             steps: as in :meth:`StreamingGP.update`.
             step_size: likewise.
             streams: indices ``(k,)`` of different streams; then ``x`` and ``y`` are about these, in that order, with k
-                in the place of S. At a cost of O(k) where the streams share their hyperparameters.
+                in the place of S. At a cost of O(k) where the streams share their hyperparameters, and of a copy of
+                the state, O(S), where that was read, replaced or saved since the last such update.
 
         Returns:
             The fleet itself.
@@ -211,6 +199,7 @@ class StreamingFleet(StreamingGP):
     ) -> None:
         """Gather, update and put back; nothing is done to the other streams."""
         strategy = self.variational_strategy
+        in_place = strategy.belief._exclusive
         state = strategy.current_state()
         data = self._check(replace(state, r=state.r[index]), x, y, noise, missing)
         data.check_fits(index.shape)
@@ -220,13 +209,11 @@ class StreamingFleet(StreamingGP):
         if basis is not None:
             state = strategy.carried_to(basis)
         part, convergence = self._absorb(rows(state, index), data, steps, step_size)
-        before, own = strategy.state, {}
-        for name in OWN:
-            tensor = getattr(state, name)
-            if self._lent and tensor is getattr(before, name):
-                tensor = tensor.clone()
-            own[name] = tensor.detach().index_copy_(0, index, getattr(part, name).detach())
-        self._replace(features, replace(state, **own), warned_at, convergence)
+        # A copy of all streams takes longer than the update of a few: it is made once, and belongs to the fleet until
+        # somebody reads the state.
+        state = _put_back(state, part, index, in_place and state.G is strategy.belief.G)
+        self._replace(features, state, warned_at, convergence)
+        strategy.belief._exclusive = True
 
     def _update_spread(
         self,
@@ -290,11 +277,15 @@ class StreamingFleet(StreamingGP):
         """
         self._check_no_fantasies("condition_on_observations")
         x, y = self._arranged(x, y, self.num_streams, missing, batches=True)
-        self._lent = True
         new = super().condition_on_observations(x, y, noise, missing, *args, **kwargs)
         assert isinstance(new, StreamingFleet)
-        new._lent = True
         return new
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> MultivariateNormal:
+        """Posterior of f of all streams, see :meth:`predict`."""
+        x = check_places(x, self.features.num_dims, tuple(self._now.r.shape[:-1]))
+        with self.variational_strategy.belief._looked_at():
+            return super().__call__(x, *args, **kwargs)
 
     def predict(self, x: Tensor, streams: Tensor | Sequence[int] | None = None) -> MultivariateNormal:
         """Posterior of f of all streams, as by calling the fleet, or of some of them.
@@ -305,18 +296,23 @@ class StreamingFleet(StreamingGP):
 
         Returns:
             Distribution over ``(S, n)`` or ``(k, n)`` values.
+
+        Raises:
+            TypeError: ``x`` is not a floating-point tensor, or ``streams`` are not integers.
+            ValueError: shapes that do not fit, or streams that do not exist or are named twice.
         """
         if streams is None:
             return self(x)
         self._check_no_fantasies("predict")
         index = self._check_streams(streams)
+        x = check_places(x, self.features.num_dims, tuple(index.shape))
         if not self._kernel_and_mean_are_shared():
             return self[index](x)
         strategy = self.variational_strategy
         view = copy.copy(strategy)
         view._modules = dict(strategy._modules)
-        view.belief = Belief(rows(strategy.current_state(), index))
-        x = check_floating("x", x)
+        with strategy.belief._looked_at():
+            view.belief = Belief(rows(strategy.current_state(), index))
         # As if called: GPyTorch's models add the column.
         return view(as_inputs(x))
 
@@ -402,7 +398,7 @@ class StreamingFleet(StreamingGP):
             raise TypeError(f"{min(unknown)}: a fit by the bound takes steps and rate only.")
         with torch.inference_mode(False), torch.no_grad():
             x, y = self._arranged(x, y, self.num_streams, "skip")
-            data = self._check(self.variational_strategy.state, x, y, noise, "skip")
+            data = self._check(self._now, x, y, noise, "skip")
             if data.empty:
                 raise ValueError(f"y: expected at least one target, got none in shape {tuple(y.shape)}.")
             return self._warm_up_by_bound(data, **kwargs)
@@ -429,8 +425,7 @@ class StreamingFleet(StreamingGP):
             x = data.x[index] if data.x.dim() > 2 else data.x
             some = replace(data, x=x, y=data.y[index], observed=data.observed[index])
             part, convergence = super()._absorb(rows(state, index), some, steps, step_size)
-            own = {name: getattr(state, name).index_copy(0, index, getattr(part, name)) for name in OWN}
-            return replace(state, **own), convergence
+            return _put_back(state, part, index), convergence
         new, convergence = super()._absorb(state, data, steps, step_size)
         own = {}
         for name in OWN:
@@ -438,87 +433,19 @@ class StreamingFleet(StreamingGP):
             own[name] = torch.where(active.reshape(-1, *[1] * (now.dim() - 1)), now, then)
         return replace(new, **own), convergence
 
-    def _replace(self, features: InducingFeatures, state: OnlineState, *args: Any, **kwargs: Any) -> None:
-        before = self.variational_strategy.state
-        super()._replace(features, state, *args, **kwargs)
-        # A basis change leaves counts where they were.
-        self._lent = self._lent and any(getattr(state, name) is getattr(before, name) for name in OWN)
-
-    def _has_begun(self) -> bool:
-        lent = self._lent
-        begun = super()._has_begun()
-        self._lent = lent
-        return begun
-
-    def _restore(self, snapshot: tuple[Any, ...]) -> None:
-        super()._restore(snapshot)
-        self._lent = True
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._lent = True  # a state dict refers to the tensors themselves
-        super()._save_to_state_dict(*args, **kwargs)
-
     def _arranged(self, x: Tensor, y: Tensor, num: int, missing: str, batches: bool = False) -> tuple[Tensor, Tensor]:
-        """Inputs ``(n, d)`` or ``(num, n, d)``, where missing targets have any finite ones, and targets that fit."""
-        if isinstance(y, Tensor) and not y.is_floating_point() and not y.is_complex():
-            if not is_gaussian(self.likelihood):
-                y = y.double()  # counts and labels
-        check_floating("x", x)
-        check_floating("y", y)
-        if y.dim() < 2 or (y.dim() > 2 and not batches) or y.shape[-2] != num:
-            raise ValueError(f"y: expected targets of shape ({num}, n), a row for each stream, got {tuple(y.shape)}.")
-        dims, n = self.features.num_dims, y.shape[-1]
-        if dims == 1 and (x.dim() == 1 or (x.dim() == 2 and x.shape == y.shape[-2:])):
-            inputs = x.unsqueeze(-1)  # times: of all streams, or of each
-        else:
-            inputs = x
-        if inputs.shape not in ((n, dims), (num, n, dims)):
-            own = f" or ({num}, {n})" if dims == 1 else ""
-            raise ValueError(
-                f"x: expected inputs ({n}, {dims}) for all streams, or ({num}, {n}, {dims}){own} for each, with y of "
-                f"shape {tuple(y.shape)}; got shape {tuple(x.shape)}."
-            )
-        if missing not in ("error", "skip"):
-            raise ValueError(f"missing: expected 'error' or 'skip', got {missing!r}.")
-        if missing == "error":
-            return inputs, y
-        absent = y.isnan()
-        while absent.dim() >= inputs.dim():
-            absent = absent.all(0)  # in all that share the input
-        if bool((absent & ~inputs.isfinite().all(-1)).any()):
-            present = inputs.detach()[~absent]
-            filler = present[0] if len(present) else inputs.new_zeros(dims)  # any admissible input will do
-            inputs = torch.where(absent.unsqueeze(-1), filler, inputs)
-        return inputs, y
+        counts = not is_gaussian(self.likelihood)
+        return arranged(x, y, num, self.features.num_dims, missing, batches, integers=counts)
 
     def _check_streams(self, streams: Any, name: str = "streams") -> Tensor:
-        if not isinstance(streams, Tensor):
-            try:
-                streams = torch.tensor(list(streams)) if len(streams) else torch.zeros(0, dtype=torch.int64)
-            except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"{name}: expected integers, got {streams!r}.") from None
-        if streams.is_floating_point() or streams.is_complex() or streams.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integers, got {streams.dtype}.")
-        if streams.dim() != 1:
-            raise ValueError(f"{name}: expected indices of shape (k,), got shape {tuple(streams.shape)}.")
-        index = streams.to(self.variational_strategy.state.r.device, torch.int64)
-        if not len(index):
-            return index
-        ordered = index.sort().values
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        for wrong in (ordered[0], ordered[-1]):
-            if not 0 <= wrong < self.num_streams:
-                raise ValueError(f"{name}: expected indices from 0 to {self.num_streams - 1}, got {int(wrong)}.")
-        if len(twice):
-            raise ValueError(f"{name}: expected each stream once, got {int(twice[0])} more often.")
-        return index
+        return check_streams(streams, self.num_streams, self._now.r.device, name)
 
     def _check_no_fantasies(self, what: str) -> None:
-        if (shape := self.variational_strategy.state.r.shape[:-1]) != shape[-1:]:
+        if (shape := self._now.r.shape[:-1]) != shape[-1:]:
             raise ValueError(f"{what}: a batch of fleets, of shape {tuple(shape)}, can only predict.")
 
     def _kernel_and_mean_are_shared(self) -> bool:
-        state = self.variational_strategy.state
+        state = self._now
         return state.factor.dim() == 2 and state.whitened_mean.dim() == 1
 
     def _likelihood_is_shared(self) -> bool:
@@ -528,6 +455,12 @@ class StreamingFleet(StreamingGP):
 
     def _hyperparameters_are_shared(self) -> bool:
         return self._kernel_and_mean_are_shared() and self._likelihood_is_shared()
+
+
+def _put_back(state: OnlineState, part: OnlineState, index: Tensor, in_place: bool = False) -> OnlineState:
+    """The state of all streams with what some of them, ``(k,)``, know now."""
+    copy_into = Tensor.index_copy_ if in_place else Tensor.index_copy
+    return replace(state, **{name: copy_into(getattr(state, name), 0, index, getattr(part, name)) for name in OWN})
 
 
 def _take(module: torch.nn.Module, which: Tensor | int, num: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -39,6 +40,9 @@ class Belief(Float64Buffers, Generic[State]):
         (4, 'G')
     """
 
+    # Whether nobody else holds the tensors: only then may the owner write into them, because a state is a value.
+    _exclusive = False
+
     def __init__(self, state: State) -> None:
         super().__init__()
         self._kind = type(state)
@@ -49,15 +53,31 @@ class Belief(Float64Buffers, Generic[State]):
     @property
     def state(self) -> State:
         """The present value."""
+        self._exclusive = False
         buffers: dict[str, Any] = self._buffers  # by name, because attributes of modules are slow
         return self._kind(*(buffers[name] for name in self._fields))
 
     @state.setter
     def state(self, state: State) -> None:
+        self._exclusive = False
         for name, tensor in state.items():
             self._buffers[name] = tensor
 
+    @contextmanager
+    def _looked_at(self) -> Iterator[None]:
+        """Within, reading the state gives it to nobody; what was read must not be kept."""
+        exclusive = self._exclusive
+        try:
+            yield
+        finally:
+            self._exclusive = exclusive
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._exclusive = False  # a state dict refers to the tensors themselves
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._exclusive = False
         # Loading copies into buffers, but a state is a value that others may hold: give it new ones.
         for name in self._fields:
             saved, buffer = state_dict.get(f"{prefix}{name}"), getattr(self, name)

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import gpytorch
@@ -31,7 +32,9 @@ from botorch.utils.datasets import SupervisedDataset
 
 from gpseq.features import HippoFeatures, InducingPoints, SelectedPoints, space_time_features, spread_points
 from gpseq.integrations.botorch import FixedStandardize, StreamingSingleTaskGP
+from gpseq.integrations.botorch_defaults import default_kernel
 from gpseq.models import StreamingGP
+from gpseq.variational import online
 
 pytestmark = pytest.mark.filterwarnings("ignore::gpseq.models.CapacityWarning")
 
@@ -209,7 +212,7 @@ def test_fantasies_of_fantasies() -> None:
 # What the old model and the new one share
 
 
-def test_the_parent_is_untouched_and_shares_its_hyperparameters() -> None:
+def test_the_parent_is_untouched_and_a_single_child_is_its_own() -> None:
     X, Y = data()
     for Yvar in (None, torch.full_like(Y, 0.1)):
         model = streaming(X, Y, X, Yvar)
@@ -219,13 +222,54 @@ def test_the_parent_is_untouched_and_shares_its_hyperparameters() -> None:
         child.posterior(X)
         assert_same(before, model)
         assert torch.equal(model.likelihood.noise, noise)
-        assert child.covar_module is model.covar_module and child.mean_module is model.mean_module
-        assert child.input_transform is model.input_transform
         assert len(model.train_targets) == len(X) and len(child.train_targets) == len(X) + 4
-        if Yvar is None:
-            assert child.likelihood is model.likelihood
-        else:  # the mean noise belongs to what each has seen
+        if Yvar is not None:  # the mean noise belongs to what each has seen
             assert child.likelihood.noise > model.likelihood.noise == 0.1 / 1.6**2
+        # Whatever is done to the hyperparameters of the child stays there.
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(child.likelihood, child))
+        assert_same(before, model)
+        assert not torch.equal(child.covar_module.outputscale, model.covar_module.outputscale)
+        other = streaming(X[:4], Y[:4], X[:6], None if Yvar is None else Yvar[:4])
+        other.covar_module.outputscale = 9.0
+        other.outcome_transform.means.fill_(7.0)
+        child.load_state_dict(other.state_dict())
+        assert_same(before, model)
+        assert child.covar_module.outputscale == 9.0 and len(child.features.points) == 6
+
+
+def test_a_batch_of_fantasies_shares_hyperparameters_and_changes_none() -> None:
+    X, Y = data()
+    for Yvar in (None, torch.full_like(Y, 0.1)):
+        model = streaming(X, Y, X, Yvar)
+        noise = None if Yvar is None else Yvar[:4]
+        before = snapshot(model)
+        for new, targets in ((X[:4], Y[:4].expand(3, 4, 1)), (X[:4].view(2, 2, 2), Y[:4].view(2, 2, 1))):
+            batch = model.condition_on_observations(new, targets, None if noise is None else noise[: new.shape[-2]])
+            assert batch.covar_module is model.covar_module and batch.mean_module is model.mean_module
+            assert batch.input_transform is model.input_transform
+            assert (batch.likelihood is model.likelihood) is (Yvar is None)
+            grandchild = batch.condition_on_observations(X[4:6], Y[4:6], None if noise is None else noise[:2])
+            assert grandchild.covar_module is model.covar_module
+            other = streaming(X[:4], Y[:4] + 1, X, noise)
+            other.covar_module.outputscale = 9.0
+            for each in (batch, grandchild):
+                with pytest.raises(ValueError, match=r"state_dict: a batch of models .* is not loaded into"):
+                    each.load_state_dict(other.state_dict())
+            assert_same(before, model)
+
+
+def test_a_stream_that_learns_does_not_learn_in_a_batch() -> None:
+    """A batch shares the hyperparameters; a change of basis would move those of the model that it is of."""
+    X, Y = data(20)
+    for learn in ("warmup", "basis_change"):
+        stream = StreamingGP(HippoFeatures(8, 1.0), RBFKernel().double(), GaussianLikelihood().double(), learn=learn)
+        model = StreamingSingleTaskGP.from_stream(stream)
+        if learn == "basis_change":
+            model.update(X[:, :1].abs() / 4, Y)
+        before = snapshot(model)
+        batch = model.condition_on_observations(X[:2, :1].abs() / 4, torch.zeros(3, 2, 1, dtype=F64))
+        batch.update(X[:, :1].abs() + 2, Y.expand(3, 20, 1))
+        assert_same(before, model)
 
 
 def test_conditioning_keeps_no_data() -> None:
@@ -238,7 +282,7 @@ def test_conditioning_keeps_no_data() -> None:
 
 
 def test_memory_is_flat_over_many_updates() -> None:
-    model = StreamingSingleTaskGP(*data(0), warmup_size=20)
+    model = StreamingSingleTaskGP(*data(0), warmup_size=20, **transforms())
     sizes = []
     for step in range(50):
         model.update(*data(5, seed=step))
@@ -297,6 +341,64 @@ def test_modes_and_grad_modes_leave_nothing_stale() -> None:
     assert not torch.allclose(model.posterior(X).mean, before)
 
 
+def test_the_factor_is_computed_once_and_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, Y = data()
+    model = streaming(X[:6], Y[:6], X)
+    calls = []
+    compute = online.posterior
+    monkeypatch.setattr(online, "posterior", lambda state: calls.append(1) or compute(state))
+
+    def fresh(target: StreamingSingleTaskGP) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            f = target.model(target.transform_inputs(X))
+            transform = target.outcome_transform
+            return f.mean * transform.stdvs[0] + transform.means[0], f.variance * transform.stdvs[0] ** 2
+
+    def check(target: StreamingSingleTaskGP) -> None:
+        for _ in range(2):
+            posterior = target.posterior(X)
+            for actual, expected in zip((posterior.mean, posterior.variance), fresh(target), strict=True):
+                assert torch.allclose(actual.squeeze(-1), expected, atol=1e-9)
+
+    with torch.inference_mode():
+        model.posterior(X)
+    assert len(calls) == 1
+    at = X.clone().requires_grad_()
+    model.posterior(at).mean.sum().backward()
+    model.posterior(X)
+    assert len(calls) == 1 and at.grad is not None
+    check(model)
+    model.update(X[6:9], Y[6:9])
+    check(model)
+    twin = copy.deepcopy(model)
+    twin.update(X[9:], Y[9:])
+    check(twin)
+    check(model)
+    child = model.condition_on_observations(X[9:], Y[9:] + 1)
+    check(child)
+    check(model)
+    model.load_state_dict(twin.state_dict())
+    check(model)
+    model.covar_module.outputscale = 3.0
+    check(model)
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    check(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    check(torch.load(file, weights_only=False))
+    # A graph is not kept: a second backward pass would meet freed tensors.
+    new = X[:2].clone().requires_grad_()
+    child = model.condition_on_observations(new, Y[:2])
+    before = len(calls)
+    for _ in range(2):
+        child = model.condition_on_observations(new, Y[:2])
+        torch.autograd.grad(child.posterior(X).variance.sum(), new)
+        with torch.no_grad():
+            child.posterior(X)
+    assert len(calls) == before + 4
+
+
 # Fitting
 
 
@@ -321,7 +423,7 @@ def test_fit_gpytorch_mll_raises_the_marginal_likelihood(known: bool) -> None:
     assert value() > before + 0.05
     assert model.model.log_evidence.item() > evidence + 1.5
     # The same values as BoTorch finds with its own model.
-    oracle = SingleTaskGP(X, Y, Yvar, covar_module=StreamingSingleTaskGP(X, Y).covar_module, **transforms())
+    oracle = SingleTaskGP(X, Y, Yvar, covar_module=default_kernel(2, None).to(X), **transforms())
     fit_gpytorch_mll(ExactMarginalLogLikelihood(oracle.likelihood, oracle))
     assert torch.allclose(model.covar_module.outputscale, oracle.covar_module.outputscale, rtol=1e-3)
 
@@ -365,6 +467,64 @@ def test_a_failing_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(before, model)
 
 
+def rebuilt_on(model: StreamingSingleTaskGP) -> Tensor:
+    """The nodes of the features after a fit; all data are in the window."""
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model), optimizer_kwargs={"options": {"maxiter": 2}})
+    assert model.model.num_observations == len(model.train_targets)
+    assert_posteriors(copy.deepcopy(model).posterior(data(4)[0]), model.posterior(data(4)[0]), 1e-12)
+    return model.features.nodes()
+
+
+def test_a_fit_keeps_features_that_were_loaded() -> None:
+    X, Y = data()
+    large = streaming(X, Y, data(30, seed=2)[0])
+    small = streaming(X, Y, data(10, seed=3)[0])
+    small.load_state_dict(large.state_dict())
+    assert torch.equal(rebuilt_on(small), large.features.nodes())
+    for twin in (copy.deepcopy(large), large.subset_output([0])):
+        assert torch.equal(rebuilt_on(twin), large.features.nodes())
+
+
+@pytest.mark.parametrize("then", ["fit", "save", "copy"])
+def test_a_fit_keeps_features_that_were_rebased_on(then: str) -> None:
+    X, Y = data()
+    points = Normalize(2, bounds=BOUNDS)(data(40, seed=2)[0])
+    model = streaming(X, Y, data(10, seed=3)[0])
+    model.model.rebase(InducingPoints(points))
+    if then == "save":
+        state = model.state_dict()
+        model = streaming(X, Y, data(10, seed=3)[0])
+        model.load_state_dict(state)
+    elif then == "copy":
+        model = copy.deepcopy(model)
+    assert torch.equal(rebuilt_on(model), points)
+
+
+def test_a_fit_begins_where_features_that_move_began() -> None:
+    X, Y = data(30)
+    X = X[:, :1].sort(0).values + 1
+
+    def make(order: int) -> StreamingSingleTaskGP:
+        features = HippoFeatures(order, 1.0, measure="legt", window=1.0)
+        return StreamingSingleTaskGP(X[:0], Y[:0], features=features, horizon_growth=None)
+
+    model, other = make(12), make(9)
+    for start in range(0, 30, 10):
+        model.update(X[start : start + 10], Y[start : start + 10])
+    other.load_state_dict(model.state_dict())
+    for each in (model, other, copy.deepcopy(model)):
+        assert each.features.num_features == 12 and each.features.interval[0] > 1
+        begun_on = copy.deepcopy(each._features_to_begin_with())
+        assert begun_on.interval == (0.0, 1.0) and begun_on.num_features == 12
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(each.likelihood, each))
+        assert each._features_to_begin_with().interval == (0.0, 1.0)
+    assert_posteriors(model.posterior(X), other.posterior(X), 1e-6)
+    # Of a larger memory that was asked for meanwhile more is kept than where the stream once began.
+    model.model.rebase(HippoFeatures(20, 4.0))
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    assert model.features.num_features == 20 and model.features.measure == "legs"
+
+
 # Saving and copying
 
 
@@ -377,7 +537,8 @@ def make(kind: str) -> StreamingSingleTaskGP:
         features = HippoFeatures(4, horizon=1.0)
         return StreamingSingleTaskGP(X[:, :1], Y, features=features, max_features=60, tolerance=1e-2)
     if kind == "time":
-        return StreamingSingleTaskGP(X, Y, time_dim=0, window=2.0)
+        features = space_time_features(6, spread_points(5, 1), window=2.0, horizon=1.0)
+        return StreamingSingleTaskGP(X, Y, features=features, time_dim=0)
     return StreamingSingleTaskGP(X, Y, Y, **transforms())
 
 
@@ -388,7 +549,8 @@ def test_a_saved_model_goes_on_where_it_was(kind: str) -> None:
     def learn(target: StreamingSingleTaskGP, index: int) -> None:
         X, Y = chunks[index]
         X = X[:, :1] if kind == "adaptive order" else X
-        target.update(X + 2, Y, torch.full_like(Y, 0.1 + index) if kind == "known noise" else None)
+        X = X if kind == "known noise" else X + 2  # the default features are where the transform leads
+        target.update(X, Y, torch.full_like(Y, 0.1 + index) if kind == "known noise" else None)
 
     learn(model, 0)
     learn(model, 1)
@@ -483,13 +645,19 @@ def test_a_stream_is_wrapped_and_goes_on_living() -> None:
 
 def test_construct_inputs_and_subset_output() -> None:
     X, Y = data()
+    X = Normalize(2, bounds=BOUNDS)(X)
     model = StreamingSingleTaskGP(
         **StreamingSingleTaskGP.construct_inputs(SupervisedDataset(X, Y, feature_names=["a", "b"], outcome_names=["y"]))
     )
     assert model.num_outputs == 1 and model.batch_shape == ()
-    assert_posteriors(model.subset_output([0]).posterior(X), model.posterior(X), 1e-12)
-    with pytest.raises(NotImplementedError, match="this model has one output"):
-        model.subset_output([0, 1])
+    for index in ([0], [-1]):
+        assert_posteriors(model.subset_output(index).posterior(X), model.posterior(X), 1e-12)
+        assert_posteriors(model.posterior(X, output_indices=index), model.posterior(X), 1e-15)
+    for wrong in ([0, 1], [1], [-2], [7], []):
+        with pytest.raises(NotImplementedError, match="this model has one output"):
+            model.subset_output(wrong)
+        with pytest.raises(ValueError, match="output_indices: "):
+            model.posterior(X, output_indices=wrong)
 
 
 def test_float32_is_warned_of_and_works() -> None:
@@ -502,6 +670,33 @@ def test_float32_is_warned_of_and_works() -> None:
         assert posterior.mean.dtype == torch.float32
         assert torch.allclose(posterior.mean.double(), double.posterior(X.double()).mean, atol=1e-3)
     assert model.model.state.G.dtype == F64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_parts_of_another_dtype_are_cast_before_anything_is_learnt(dtype: torch.dtype) -> None:
+    """Otherwise the belief would belong to values that were rounded afterwards, and be carried at each prediction."""
+    X, Y = (value.to(dtype) for value in data())
+    kernel = ScaleKernel(RBFKernel()).to(torch.float32 if dtype == F64 else F64)
+    kernel.base_kernel.lengthscale, kernel.outputscale = 0.37, 1.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputDataWarning)
+        model = StreamingSingleTaskGP(X, Y, covar_module=kernel, **transforms())
+    assert model.covar_module.outputscale.dtype == dtype
+    assert model.model.variational_strategy.current_state().G is model.model.state.G
+
+
+def test_fixed_statistics_keep_their_precision() -> None:
+    mean, std = 1.0 + 1e-10, 2.0 + 1e-10
+    for transform in (FixedStandardize(mean, std).float(), FixedStandardize(mean, std).to(torch.float16)):
+        assert transform.means.item() == mean and transform.stdvs.item() == std
+        Y, Yvar = torch.ones(3, 1), torch.ones(3, 1)
+        for back in (transform(Y, Yvar), transform.untransform(Y, Yvar)):
+            assert all(value.dtype == torch.float32 for value in back)
+        posterior = GPyTorchPosterior(gpytorch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3)))
+        scaled = transform.untransform_posterior(posterior)
+        assert scaled.mean.dtype == scaled.variance.dtype == scaled.rsample().dtype == torch.float32
+        assert torch.allclose(scaled.variance, torch.full((3, 1), 4.0))
+        assert transform.means.dtype == F64
 
 
 # Refusals
@@ -568,7 +763,7 @@ NAN = torch.full((3, 1), float("nan"), dtype=F64)
         (torch.rand(3, 2, dtype=F64), torch.rand(3, 2, dtype=F64), None, "Y: expected one output column"),
         (torch.rand(3, 2, dtype=F64), torch.rand(4, 1, dtype=F64), None, "Y: expected 3 rows"),
         (torch.rand(3, 2, dtype=F64), torch.rand(3, dtype=F64), None, "Y: expected at least two dimensions"),
-        (torch.rand(3, 2, dtype=F64), NAN, None, "y: expected finite targets"),
+        (torch.rand(3, 2, dtype=F64), NAN, None, "[yY]: expected finite targets"),
         (NAN.expand(3, 2), torch.rand(3, 1, dtype=F64), None, "x: expected finite inputs"),
         (torch.rand(3, 2, dtype=F64), torch.rand(3, 1, dtype=F64), torch.rand(3, 1, dtype=F64), "noise is inferred"),
     ],
@@ -582,6 +777,65 @@ def test_bad_observations_change_nothing(X: Tensor, Y: Tensor, Yvar: Tensor | No
         with pytest.raises(ValueError, match=match):
             model.condition_on_observations(X, Y)
     assert_same(before, model)
+
+
+def test_data_beyond_the_default_features_are_refused() -> None:
+    """Far from the points everything is the prior, and nothing would say so."""
+    X, Y = 10 * torch.rand(8, 2, dtype=F64), torch.rand(8, 1, dtype=F64)
+    where = r"expected inputs in \[0, 1\].*column 1 goes from .* to .*Normalize\(2, bounds.*features"
+    for bad in (X * torch.tensor([0.1, 1.0]), X * torch.tensor([0.1, -0.01])):
+        with pytest.raises(ValueError, match="train_X: " + where):
+            StreamingSingleTaskGP(bad, Y)
+        for begun in (8, 0):
+            model = StreamingSingleTaskGP(X[:begun] / 10, Y[:begun])
+            before = snapshot(model)
+            with pytest.raises(ValueError, match="^X: " + where):
+                model.update(bad, Y)
+            assert_same(before, model)
+    timed = StreamingSingleTaskGP(X * torch.tensor([0.1, 1.0]), Y, time_dim=1)
+    timed.update(X * torch.tensor([0.1, 1.0]) + torch.tensor([0.0, 20.0]), Y)
+    with pytest.raises(ValueError, match=r"X: expected inputs in .*column 0 goes from"):
+        timed.update(X, Y)
+    bounds = torch.tensor([[0.0, 0.0], [10.0, 10.0]], dtype=F64)
+    StreamingSingleTaskGP(X, Y, input_transform=Normalize(2, bounds=bounds)).update(X + 0.05, Y)
+    StreamingSingleTaskGP(X, Y, features=InducingPoints(X)).update(10 * X, Y)
+    model = StreamingSingleTaskGP(X / 10, Y)
+    model.model.rebase(InducingPoints(X))
+    assert model.update(X, Y).model.num_observations == 16
+    loaded = StreamingSingleTaskGP(X / 10, Y)
+    loaded.load_state_dict(model.state_dict())
+    loaded.update(X, Y)
+
+
+def test_time_that_begins_nowhere_is_refused() -> None:
+    X, Y = data(0)
+    for window in (None, 2.0):
+        with pytest.raises(ValueError, match=r"train_X: expected at least one row with time_dim=0.*when time begins"):
+            StreamingSingleTaskGP(X, Y, time_dim=0, window=window)
+
+
+def test_bad_targets_are_named_and_no_other_model_is_advised() -> None:
+    X, Y = data()
+    model = streaming(X, Y, X)
+    log = StreamingSingleTaskGP(X, Y, features=InducingPoints(X), outcome_transform=Log())
+    for each, bad, match in (
+        (model, torch.full_like(Y, float("nan")), "Y: expected finite targets, got NaN"),
+        (log, -Y, "Y: expected finite targets after the outcome transform, got"),
+    ):
+        before = snapshot(each)
+        with pytest.raises(ValueError, match=match) as caught:
+            each.update(X, bad)
+        assert "missing" not in str(caught.value)
+        assert_same(before, each)
+
+
+def test_batches_that_do_not_broadcast_are_named() -> None:
+    X, Y = data()
+    model = streaming(X, Y, X)
+    batch = model.condition_on_observations(X[:2], Y[:2].expand(3, 2, 1))
+    with pytest.raises(ValueError, match=r"X: shape \(2, 12, 2\) does not broadcast .* batch shape \(3,\)"):
+        batch.posterior(X.expand(2, 12, 2))
+    assert batch.posterior(X.expand(2, 1, 12, 2)).mean.shape == (2, 3, 12, 1)
 
 
 @pytest.mark.parametrize("shape", [(64, 15, 3, 1), (16, 64, 3, 1), (5, 3, 1)])

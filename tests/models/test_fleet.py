@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import re
 from typing import Any
 
 import gpytorch
@@ -475,9 +476,19 @@ def test_fantasies_predict_and_do_nothing_else() -> None:
 
 
 def test_states_that_are_held_do_not_change() -> None:
-    """What is given out is a value, although updates of some streams write into the fleet's own tensors."""
+    """What is given out is a value, by whatever way."""
     model, _ = make_pair()
     x, y = data(5, 4)
+    model.update(x, y)
+    strategy = model.variational_strategy
+    ways = (lambda: strategy.state, strategy.current_state, lambda: strategy.belief.state, lambda: model.state)
+    for way in ways:
+        value = way()
+        before = {name: tensor.clone() for name, tensor in value.items()}
+        model.update(x[:2], y[:2], streams=[0, 3])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in value.items())
+        assert not torch.equal(model.state.G, value.G)
+    model, _ = make_pair()
     model.update(x, y)
     held, saved, twin = model.state, model.state_dict(), copy.deepcopy(model)
     copies = {name: tensor.clone() for name, tensor in held.items()}
@@ -496,16 +507,40 @@ def test_states_that_are_held_do_not_change() -> None:
     assert model.counts.tolist() == [12, 12, 8, 4, 8]
 
 
-def test_an_update_of_some_streams_copies_nothing_of_the_others() -> None:
+def test_an_update_of_some_streams_copies_the_others_only_if_somebody_holds_them() -> None:
     model, _ = make_pair()
     x, y = data(5, 4)
     model.update(x, y)
-    place = model.variational_strategy.state.G.data_ptr()
-    model.update(x[:2], y[:2], streams=[3, 0])
-    assert model.variational_strategy.state.G.data_ptr() == place
-    assert model.counts.tolist() == [8, 4, 4, 8, 4]  # reading counts lends nothing
-    model.update(x[:2], y[:2], streams=[3, 0])
-    assert model.variational_strategy.state.G.data_ptr() == place
+
+    def copies() -> bool:
+        place = model._now.G.data_ptr()
+        model.update(x[:2], y[:2], streams=[3, 0])
+        return model._now.G.data_ptr() != place
+
+    assert copies()  # the state of an update of all may have been put there by anybody
+    assert not copies() and not copies()
+    with torch.no_grad():
+        posterior = model(AT), model.predict(AT, streams=[3])
+        means = [p.mean.clone() for p in posterior]
+    gradient = AT.clone().requires_grad_()
+    value = model(gradient).variance.sum()
+    assert model.counts.tolist() == [16, 4, 4, 16, 4]
+    assert not copies()  # predictions and counts keep nothing of it
+    assert all(torch.equal(p.mean, mean) for p, mean in zip(posterior, means, strict=True))
+    value.backward()
+    reads = (
+        lambda: model.state,
+        lambda: model.variational_strategy.state,
+        lambda: model.variational_strategy.belief.state,
+        model.variational_strategy.current_state,
+        model.state_dict,
+        lambda: model.condition_on_observations(x, y),
+        lambda: model.load_state_dict(model.state_dict(), assign=True),
+        lambda: setattr(model.variational_strategy, "state", model.state),
+    )
+    for read in reads:
+        held = read()
+        assert copies() and not copies(), held
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -627,6 +662,7 @@ def test_bad_input_is_named_and_changes_nothing(some: bool, own: bool) -> None:
     x, y = x[:num], y[:num]
     nan, inf = y.clone(), y.clone()
     nan[1, 1], inf[0, 0] = NAN, math.inf
+    integers = "streams: expected a list or 1-D tensor of integers"
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "y: expected targets of shape", {"y": y[0]}),
         (ValueError, "y: expected targets of shape", {"y": y[:1]}),
@@ -652,17 +688,38 @@ def test_bad_input_is_named_and_changes_nothing(some: bool, own: bool) -> None:
         (ValueError, "streams: expected indices from 0 to 4, got 5", {"streams": [5, 0][:num]}),
         (ValueError, "streams: expected indices from 0 to 4, got -1", {"streams": [-1, 0]}),
         (ValueError, "streams: expected each stream once, got 3", {"streams": [3, 3]}),
-        (ValueError, "streams: expected indices of shape", {"streams": torch.zeros(2, 1, dtype=torch.int64)}),
-        (TypeError, "streams: expected integers", {"streams": torch.tensor([True, False])}),
-        (TypeError, "streams: expected integers", {"streams": [0.5]}),
-        (TypeError, "streams: expected integers", {"streams": "ab"}),
-        (TypeError, "streams: expected integers", {"streams": 3}),
+        (ValueError, f"{integers}, got shape", {"streams": torch.zeros(2, 1, dtype=torch.int64)}),
+        (ValueError, f"{integers}, got shape", {"streams": torch.tensor(2)}),
+        (TypeError, f"{integers}, got torch.bool", {"streams": torch.tensor([True, False])}),
+        (TypeError, f"{integers}, got torch.float32", {"streams": [0.5]}),
+        (TypeError, f"{integers}, got 'ab'", {"streams": "ab"}),
+        (TypeError, f"{integers}, got 2", {"streams": 2}),
     ]
     for error, match, change in bad:
         with pytest.raises(error, match=match):
             model.update(**{"x": x, "y": y, "streams": streams} | change)
             pytest.fail(f"accepted: {match} {change}")
         assert_identical(model, before)
+
+
+def test_bad_places_to_predict_at_are_named() -> None:
+    model, _ = make_pair()
+    each = r"x: expected inputs \(n, 1\) for all streams, or \(5, n, 1\) for each stream; got shape "
+    for shape in ((4, 3, 1), (5, 3), (5, 3, 2), (2, 3, 1, 1), ()):
+        with pytest.raises(ValueError, match=each + re.escape(str(shape))):
+            model(torch.zeros(shape))
+        with pytest.raises(ValueError, match=each + re.escape(str(shape))):
+            model.predict(torch.zeros(shape))
+    for shape in ((5, 3, 1), (2, 3)):
+        with pytest.raises(ValueError, match=r"or \(2, n, 1\) for each stream; got shape"):
+            model.predict(torch.zeros(shape), streams=[0, 3])
+    with pytest.raises(TypeError, match="x: expected a floating"):
+        model([1.0])
+    x, y = data(5, 2)
+    fantasies = model.condition_on_observations(x, y.expand(3, 5, 2))
+    assert fantasies(torch.zeros(5, 4, 1)).mean.shape == (3, 5, 4)
+    with pytest.raises(ValueError, match=r"or \(3, 5, n, 1\) for each stream; got shape \(3, 4, 1\)"):
+        fantasies(torch.zeros(3, 4, 1))
 
 
 def test_other_bad_arguments() -> None:
