@@ -74,7 +74,8 @@ class SpaceTimeStreamingGP(GP):
         space_kernel: any kernel of d columns.
         likelihood: ``GaussianLikelihood``, or ``FixedNoiseGaussianLikelihood`` with noise given at each update.
         mean_module: of inputs ``(n, 1 + d)``; ``None`` is zero.
-        horizon_growth: as in :class:`gpseq.models.StreamingGP`.
+        horizon_growth: as in :class:`gpseq.models.StreamingGP`, but ``None`` by default: a product is stretched at
+            little cost, and on a basis that ends at the data a memory that is too small does least harm.
         jitter: relative jitter of factorisations, see :func:`gpseq.linalg.cholesky`.
 
     Raises:
@@ -114,7 +115,7 @@ class SpaceTimeStreamingGP(GP):
         space_kernel: Kernel,
         likelihood: Likelihood,
         mean_module: Mean | None = None,
-        horizon_growth: float | str | None = 1.25,
+        horizon_growth: float | str | None = None,
         jitter: float | None = None,
     ) -> None:
         super().__init__()

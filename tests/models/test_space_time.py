@@ -65,7 +65,7 @@ def build(
         space_kernel,
         options.pop("likelihood", None) or noise_model(),
         jitter=jitter,
-        **options,
+        **({"horizon_growth": 1.25} | options),
     )
 
 
