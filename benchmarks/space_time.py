@@ -534,6 +534,7 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
         text,
         failures({"ERA5": facts}, "product 40 × 100"),
         failures({"ERA5": facts}, "product 300 × 100"),
+        _moved(tasks),
         "![RMSE of past tasks, held-out places](figures/space_time_tasks.png)",
         "### Dust in Beijing, with the gaps as they are",
         f"PM2.5 (logarithm, standardised) at twelve stations, {first['hours']:,} hours of winter, {first['missing']:.1%} of the "
@@ -561,6 +562,23 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
 def _times(size: dict[str, Any]) -> str:
     padded = ", padded horizon" if size["growth"] else ""
     return f"{size['size'][0]} × {size['size'][1]}{padded}"
+
+
+def _moved(tasks: list[dict[str, Any]]) -> str:
+    """What became of the oldest task under points that move."""
+    oldest, newest = (
+        interval([run["methods"]["OSVGP, points optimised"]["error"][-1][task] ** 0.5 for run in tasks])
+        for task in (0, -1)
+    )
+    text = (
+        f"At the end OSVGP has RMSE {newest} on the newest task and {oldest} on the oldest (targets are standardised)."
+    )
+    if oldest.mean > 1:
+        text += (
+            " That is worse than knowing nothing: its points follow the newest task, and what the old readings said of "
+            "points that have left is forced on those that remain."
+        )
+    return text
 
 
 def _skill(errors: list[float], persistence: list[float]) -> str:
