@@ -177,6 +177,7 @@ class SpaceTimeStreamingGP(GP):
             self.time_basis, self.space_basis = Belief(time), Belief(space)
             self.information = Belief(first.information)
         self._modules_of_basis = self._prior_modules()
+        self._begun = False
         self._known_posterior: tuple[Tensor, KroneckerPosterior] | None = None
         self._known_state: tuple[Tensor, tuple[Any, ...], KroneckerState] | None = None
 
@@ -298,7 +299,7 @@ class SpaceTimeStreamingGP(GP):
             features = self.time_features.following(heard, axis.kernel, self.horizon_growth)
             warned_at = None
             # Judged at every change of features or hyperparameters, and before the first data.
-            begins = state.information.r is not self.information.r or not state.information.count.item()
+            begins = state.information.r is not self.information.r or not self._has_begun()
             if begins:
                 self._judge_space(state)
             if features.interval is not None and (begins or features is not self.time_features):
@@ -485,9 +486,7 @@ class SpaceTimeStreamingGP(GP):
         """The state under the hyperparameters that the model has now."""
         state, prior = self.state, self._prior
         modules = self._prior_modules()
-        if len(modules) != len(self._modules_of_basis) or any(
-            a is not b for a, b in zip(modules, self._modules_of_basis, strict=True)
-        ):
+        if not _all_equal(modules, self._modules_of_basis):
             # Another kernel may have parameters of the same values, or none at all; NaN equals nothing.
             time, space = (
                 replace(basis, hyperparameters=basis.hyperparameters.new_full((1,), torch.nan))
@@ -500,9 +499,9 @@ class SpaceTimeStreamingGP(GP):
         same_time, same_space, same_mean = (_equal(a, b) for a, b in zip(now, then, strict=True))
         if same_time and same_space and same_mean:
             return state
-        if (known := self._known_state) is not None and known[0] is state.information.r:
-            if all(_equal(a, b) for a, b in zip((*now, *modules), known[1], strict=True)):
-                return known[2]
+        known = self._known_state
+        if known is not None and known[0] is state.information.r and _all_equal((*now, *modules), known[1]):
+            return known[2]
         with torch.inference_mode(False), torch.no_grad():
             carried = kronecker.transfer(
                 state,
@@ -512,6 +511,12 @@ class SpaceTimeStreamingGP(GP):
             )
         self._known_state = state.information.r, (*now, *modules), carried
         return carried
+
+    def _has_begun(self) -> bool:
+        """Whether anything has been learnt; asked of the device until it has."""
+        if not self._begun:
+            self._begun = bool(self.information.count)
+        return self._begun
 
     def _judge_space(self, state: KroneckerState) -> None:
         residual = online.mean_residual_variance(state.space, self._axes[1].prior, self.sensors).item()
@@ -546,7 +551,12 @@ class SpaceTimeStreamingGP(GP):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._modules_of_basis = self._prior_modules()
+        self._begun = False
         self._known_posterior = self._known_state = None
+
+
+def _all_equal(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    return len(now) == len(then) and all(_equal(a, b) for a, b in zip(now, then, strict=True))
 
 
 def _equal(now: Any, then: Any) -> bool:

@@ -289,7 +289,7 @@ class StreamingGP(ApproximateGP):
             share: give the new model these hyperparameter modules instead of copies.
 
         Returns:
-            The new model, with copies of all hyperparameters. Nothing is learnt.
+            The new model, with copies of all hyperparameters unless they are shared. Nothing is learnt.
 
         Raises:
             TypeError: as :meth:`update`.

@@ -860,6 +860,9 @@ def test_changed_hyperparameters_are_carried_and_factored_once(monkeypatch: pyte
     model.time_kernel.lengthscale = 0.8
     assert calls == ["factor"] and not torch.equal(model.marginals(at)[1], first[1])
     assert calls == ["factor", "carry", "factor"]
+    before = model.marginals(at)[1]
+    model.mean_module.add_module("more", torch.nn.Identity())  # the same modules and one more
+    assert torch.equal(model.marginals(at)[1], before)
 
 
 def test_conditioning_shares_what_it_does_not_change() -> None:
