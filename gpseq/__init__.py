@@ -21,35 +21,58 @@ if TYPE_CHECKING:
         features,
         hippo,
         integrations,
+        kernels,
         likelihoods,
         linalg,
+        logits,
         metrics,
         mlls,
         models,
+        nn,
         plots,
+        prediction,
+        predictive,
+        sgpa,
+        spread,
         storage,
         variational,
     )
+    from gpseq.prediction import predict
+    from gpseq.predictive import Predictive
 
 __all__ = [
+    "Predictive",
     "__version__",
     "continual",
     "datasets",
     "features",
     "hippo",
     "integrations",
+    "kernels",
     "likelihoods",
     "linalg",
+    "logits",
     "metrics",
     "mlls",
     "models",
+    "nn",
     "plots",
+    "predict",
+    "prediction",
+    "predictive",
+    "sgpa",
+    "spread",
     "storage",
     "variational",
 ]
 
+# What stands at the top although it lives in a module.
+_HOME = {"Predictive": "predictive", "predict": "prediction"}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"gpseq.{_HOME[name]}"), name)
     if name in __all__:
         return import_module(f"gpseq.{name}")
     raise AttributeError(f"module 'gpseq' has no attribute {name!r}")

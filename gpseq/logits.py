@@ -1,0 +1,123 @@
+"""From logits to probabilities and entropies, in logarithms: pure functions on tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log probabilities of the classes; one logit is that of class 1 of two.
+
+    Args:
+        logits: ``(*batch, K)``; minus infinity forbids a class.
+
+    Returns:
+        ``(*batch, K)``, K being 2 where there is one logit; in float32 where the logits are in half precision.
+
+    Raises:
+        ValueError: some logits are NaN or plus infinity, or no class is possible.
+
+    Example:
+        >>> log_softmax(torch.tensor([0.0])).exp()
+        tensor([0.5000, 0.5000])
+    """
+    wide = widened(logits)
+    if wide.shape[-1] == 1:
+        wide = torch.cat([torch.zeros_like(wide), wide], dim=-1)
+    log_probs = wide.log_softmax(-1)
+    rows = log_probs.sum(-1).isnan()  # cheaper than to look at every logit; NaN spreads
+    if rows.any():
+        raise ValueError(
+            f"logits: expected numbers, and one above minus infinity for each element, got NaN, infinity or nothing "
+            f"possible in {int(rows.sum())} of {rows.numel()} elements."
+        )
+    return log_probs
+
+
+def log_mean_exp(log_probs: Tensor) -> Tensor:
+    r"""Log of averaged probabilities, :math:`\log \tfrac1S \sum_s p_s`.
+
+    Args:
+        log_probs: ``(S, *shape)``.
+
+    Returns:
+        ``(*shape)``; minus infinity, with gradient 0, where every draw holds it for impossible.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([[0.5, 0.0], [1.0, 0.0]]).log()).exp()
+        tensor([0.7500, 0.0000])
+    """
+    never = log_probs.amax(0) == -math.inf
+    average = log_probs.masked_fill(never, 0.0).logsumexp(0) - math.log(len(log_probs))
+    return average.masked_fill(never, -math.inf)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    r"""Entropy, :math:`-\sum_k p_k \log p_k`; what is impossible adds nothing.
+
+    Args:
+        log_probs: ``(*batch, K)``.
+
+    Returns:
+        ``(*batch)``, in nats.
+
+    Example:
+        >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
+        tensor(0.6931)
+    """
+    finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
+    return (log_probs.exp() * -finite).sum(-1)
+
+
+def probit(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Logits that stand for a Gaussian over logits, each scaled by its own variance.
+
+    .. math:: m / \sqrt{1 + \tfrac\pi8 v}
+
+    Args:
+        mean: m, ``(*batch, K)``.
+        variance: v, ``(*batch, K)``.
+
+    Returns:
+        ``(*batch, K)``.
+
+    Source:
+        MacKay (1992), The evidence framework applied to classification networks.
+
+    Example:
+        >>> probit(torch.tensor([3.0]), torch.tensor([9.0]))
+        tensor([1.4089])
+    """
+    return mean / (1 + math.pi / 8 * variance).sqrt()
+
+
+def probit_pairs(mean: Tensor, covariance: Tensor) -> Tensor:
+    r"""Logits that stand for a Gaussian over logits, by the variances of their differences.
+
+    .. math:: -\log \sum_j \exp\left(-\frac{m_k - m_j}{\sqrt{1 + \tfrac\pi8 s_{kj}^2}}\right), \qquad
+        s_{kj}^2 = C_{kk} + C_{jj} - 2 C_{kj}
+
+    Args:
+        mean: m, ``(*batch, K)``.
+        covariance: C, ``(*batch, K, K)``.
+
+    Returns:
+        ``(*batch, K)``; the same as the mean, up to a constant, where all noise is shared.
+
+    Example:
+        >>> probit_pairs(torch.tensor([3.0, 0.0]), 9 * torch.ones(2, 2)).softmax(-1), torch.tensor(3.0).sigmoid()
+        (tensor([0.9526, 0.0474]), tensor(0.9526))
+    """
+    centre, wide = widened(mean), widened(covariance)
+    variance = wide.diagonal(dim1=-1, dim2=-2)
+    spread = (variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * wide).clamp_min(0)
+    gap = (centre.unsqueeze(-1) - centre.unsqueeze(-2)) / (1 + math.pi / 8 * spread).sqrt()
+    return -(-gap).logsumexp(-1)
+
+
+def widened(value: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

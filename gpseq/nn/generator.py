@@ -1,0 +1,55 @@
+"""Where a layer's draws come from: a generator that reaches layers inside models that know nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class Draws(nn.Module):
+    """A layer that draws.
+
+    Attributes:
+        generator: where its draws come from; ``None`` is torch's default generator, advanced as dropout does.
+            :func:`gpseq.nn.use_generator` sets it for a while. It is no part of the layer's state, and activation
+            checkpointing, which brings torch's default generator back for the second forward pass, does not know of it.
+    """
+
+    generator: torch.Generator | None = None
+
+
+@contextmanager
+def use_generator(model: nn.Module, generator: torch.Generator | None) -> Iterator[None]:
+    """Let every layer of a model that draws, draw from one generator.
+
+    Layers in the order of ``model.modules()`` share it, and what was set before comes back at the end.
+
+    Args:
+        model: any module; the layers of ``gpseq.nn`` inside are found at any depth.
+        generator: a ``torch.Generator`` on the model's device; ``None`` is torch's default generator.
+
+    Raises:
+        TypeError: it is no generator.
+
+    Example:
+        >>> layer = Draws()
+        >>> with use_generator(nn.Sequential(layer), torch.Generator().manual_seed(1)):
+        ...     layer.generator is None
+        False
+        >>> layer.generator is None
+        True
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}.")
+    layers = [module for module in model.modules() if isinstance(module, Draws)]
+    before = [layer.generator for layer in layers]
+    try:
+        for layer in layers:
+            layer.generator = generator
+        yield
+    finally:
+        for layer, former in zip(layers, before, strict=True):
+            layer.generator = former

@@ -1,0 +1,100 @@
+"""The inducing keys of an attention layer: where they are, what is known there, and the kernel around them."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from gpseq.sgpa.scales import DiagonalScale, LowRankScale, Scale
+
+#: How the whitened covariance of the inducing variables is stored.
+COVARIANCES = ("shared", "per_dim", "diagonal", "low_rank")
+
+
+class InducingKeys(nn.Module):
+    r"""Parameters of the sparse Gaussian processes of ``H`` heads.
+
+    Attributes:
+        location: where the inducing keys are, ``(H, M, embed_dim)`` in the space of the layer's input, or ``(H, M, D)``
+            among the projected tokens.
+        value: :math:`v_g`, or :math:`w` in the Cheng-Boots form, ``(H, M, D)``.
+        log_lengthscale: ``(H, D)``.
+        log_variance: ``(H,)``.
+        log_diagonal: logarithm of the diagonal of the whitened factor, ``(H, D, M)`` or ``(H, 1, M)``.
+        lower: its entries below the diagonal, ``(H, D, M, M)`` or ``(H, 1, M, M)``; ``None`` unless full.
+        root: ``(H, D, M, R)``; ``None`` unless low rank.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_inducing: int,
+        width: int,
+        head_dim: int,
+        covariance: str,
+        rank: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_heads, *shape, device=device, dtype=dtype))
+
+        dims = 1 if covariance == "shared" else head_dim
+        full = covariance in ("shared", "per_dim")
+        self.location = empty(num_inducing, width)
+        self.value = empty(num_inducing, head_dim)
+        self.log_lengthscale = empty(head_dim)
+        self.log_variance = empty()
+        self.log_diagonal = empty(dims, num_inducing)
+        self.lower = empty(dims, num_inducing, num_inducing) if full else None
+        self.root = empty(dims, num_inducing, rank) if covariance == "low_rank" else None
+
+    def reset(self, lengthscale: float, variance: float) -> None:
+        """Start at the prior: zero values, whitened covariance the identity, locations drawn from N(0, I).
+
+        Args:
+            lengthscale: of all heads.
+            variance: of all heads.
+        """
+        nn.init.normal_(self.location)
+        nn.init.zeros_(self.value)
+        nn.init.constant_(self.log_lengthscale, math.log(lengthscale))
+        nn.init.constant_(self.log_variance, math.log(variance))
+        nn.init.zeros_(self.log_diagonal)
+        if self.lower is not None:
+            nn.init.zeros_(self.lower)
+        if self.root is not None:
+            # At zero a root has no gradient; this is near enough to the prior.
+            nn.init.normal_(self.root, std=0.01)
+
+    @property
+    def scale(self) -> Scale:
+        """The whitened covariance of q(u)."""
+        if self.lower is not None:
+            return self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
+        if self.root is not None:
+            return LowRankScale(self.log_diagonal.exp(), self.root)
+        return DiagonalScale(self.log_diagonal.exp())
+
+    def key(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The inducing keys among the projected tokens, each head's by its own rows of the projection.
+
+        Args:
+            weight: ``(H D, embed_dim)``; ``None`` where locations are among the projected tokens already.
+            bias: ``(H D,)`` or ``None``.
+
+        Returns:
+            ``(H, M, D)``.
+        """
+        if weight is None:
+            return self.location
+        heads = self.location.shape[0]
+        # In the parameters' own precision: the divergence, asked for outside of autocast, is about the same keys.
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
+            key = self.location @ weight.unflatten(0, (heads, -1)).mT
+            return key if bias is None else key + bias.unflatten(0, (heads, -1)).unsqueeze(-2)
