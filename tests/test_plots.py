@@ -199,3 +199,51 @@ def test_task_scores_show_every_number_that_there_is() -> None:
         plots.plot_task_scores(pair, {"ours": scores}, ["a", "b"])
     with pytest.raises(ValueError, match=r"scores\['ours'\] must have shape \(3, 3\), got \(2, 2\)"):
         plots.plot_task_scores(pair[0], {"ours": scores}, ["a", "b", "c"])
+
+
+def test_inducing_keys_stand_at_the_lower_edge_whatever_the_range() -> None:
+    ax = axes()
+    ax.set_ylim(-7, 3)
+    plots.plot_inducing(ax, torch.tensor([1.0, 4.0]), label="keys")
+    assert ax.get_ylim() == (-7, 3)
+    (line,) = ax.lines
+    assert line.get_label() == "keys" and line.get_xdata().tolist() == [1.0, 4.0]
+    pixels = line.get_transform().transform(line.get_xydata())
+    heights = ax.transAxes.inverted().transform(pixels)[:, 1]
+    np.testing.assert_allclose(heights, 0.02)
+
+
+def test_the_parts_of_a_kernel_sum_are_drawn_and_add_up() -> None:
+    ax = axes()
+    parts = torch.from_numpy(np.stack([np.sin(GRID), np.cos(GRID), GRID], 1))
+    plots.plot_kernel_sum(ax, GRID, parts, label="attention")
+    *tokens, total = ax.lines
+    np.testing.assert_array_equal(np.stack([line.get_ydata() for line in tokens], 1), parts)
+    np.testing.assert_allclose(total.get_ydata(), np.sin(GRID) + np.cos(GRID) + GRID)
+    assert [handle.get_label() for handle in ax.get_legend_handles_labels()[0]] == ["tokens", "attention"]
+    with pytest.raises(ValueError, match=r"parts: expected shape \(200, T\), a row for each query, got \(3, 200\)"):
+        plots.plot_kernel_sum(ax, GRID, parts.T)
+
+
+def test_attention_weights_have_a_sign_and_their_queries() -> None:
+    ax = axes()
+    plots.plot_attention_weights(ax, torch.tensor([[0.5, 0.0], [-2.0, 1.0], [0.0, 0.25]]), [0.0, 1.0, 3.0])
+    (mesh,) = ax.collections
+    np.testing.assert_array_equal(np.reshape(mesh.get_array(), (3, 2)), [[0.5, 0.0], [-2.0, 1.0], [0.0, 0.25]])
+    assert mesh.get_clim() == (-2.0, 2.0)  # white is zero
+    np.testing.assert_allclose(mesh.cmap(mesh.norm(0.0))[:3], 1.0, atol=0.01)
+    assert ax.get_ylim()[1] == 4.0  # the cell of the last query ends half a step behind it
+    bar = next(other for other in ax.figure.axes if other is not ax)
+    assert bar.get_ylabel() == "weight of the value" and bar.get_ylim() == (-2.0, 1.0)
+    with pytest.raises(ValueError, match=r"query: expected shape \(3,\), one for each row of weights, got \(2,\)"):
+        plots.plot_attention_weights(ax, np.ones((3, 2)), [0.0, 1.0])
+    with pytest.raises(ValueError, match=r"weights: expected shape \(n, T\), got \(2, 3, 3\)"):
+        plots.plot_attention_weights(ax, np.ones((2, 3, 3)))
+
+
+def test_weights_that_are_all_zero_can_be_drawn() -> None:
+    figure = plots.new_figure(2, 2)
+    ax = figure.subplots()
+    plots.plot_attention_weights(ax, np.zeros((2, 2)))
+    figure.canvas.draw()
+    assert ax.collections[0].norm(0.0) == 0.5
