@@ -19,7 +19,7 @@ from pathlib import Path
 CASES = ("solar", "throughput", "conditioning", "covariance", "stretching", "series")
 CASES += ("counts", "moons", "memories", "adaptive", "paths", "learning")
 CASES += ("experiments_series", "experiments_tables", "experiments_counts", "experiments_moons")
-CASES += ("space_time", "fleet", "digits", "fantasies", "drift")
+CASES += ("space_time", "fleet", "digits", "fantasies", "drift", "attention")
 RESULTS = Path(__file__).parent / "results"
 
 

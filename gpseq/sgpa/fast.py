@@ -254,8 +254,8 @@ class _Attend(torch.autograd.Function):
             mean.baddbmm_(kernel, v)
         else:
             mean.view_as(product).add_(product)
-        cost = bmm(v.view(many, 1, -1), mean.view(many, -1, 1)).view(heads, batch, 1)
-        cost.baddbmm_(own.view(heads, batch, -1), whitened.view(heads, -1, 1), beta=0.5, alpha=-0.5)
+        cost = bmm(v.view(many, 1, length * dims), mean.view(many, length * dims, 1)).view(heads, batch, 1)
+        cost.baddbmm_(own.view(heads, batch, size * dims), whitened.view(heads, size * dims, 1), beta=0.5, alpha=-0.5)
         drawn, deviation = mean.view(heads, batch, length, dims), None
         if noise is not None:
             variance = quadratic_form(features, excess)
