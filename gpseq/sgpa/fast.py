@@ -248,9 +248,10 @@ class _Attend(torch.autograd.Function):
         rest = (whitened.unsqueeze(1) - own).view(many, size, dims)
         mean, kernel = bmm(by_sequence, rest), None
         if product is None:
-            column = norms.view(many, length, 1)
-            kernel = (column + log_variance.expand(-1, batch, -1).reshape(many, 1, 1)) + column.mT
-            kernel.baddbmm_(queries[..., :width], queries[..., :width].mT).exp_()
+            # Transposed in memory: a product of two tensors in their own order is twice as fast for short sequences.
+            weighted = (norms + log_variance.unsqueeze(-1)).mT
+            keys = torch.cat([query.mT, weighted, torch.ones_like(weighted)], -2).view(many, width + 2, length)
+            kernel = bmm(queries, keys).exp_()
             mean.baddbmm_(kernel, v)
         else:
             mean.view_as(product).add_(product)
@@ -315,9 +316,9 @@ class _Attend(torch.autograd.Function):
         g_query = None
         if kernel is not None:
             g_v.baddbmm_(kernel.mT, g_mean)
-            # Scores are symmetric in the two tokens, so both of their derivatives come in one product.
-            scores = bmm(g_mean, v.mT).baddbmm_(v, g_mean.mT).mul_(kernel)
-            g_query = bmm(scores, queries[..., : width + 1])
+            scores = bmm(g_mean, v.mT.contiguous()).mul_(kernel)
+            # Both tokens of a score, as the tokens are both queries and keys.
+            g_query = bmm(scores, queries[..., : width + 1]).baddbmm_(scores.mT, queries[..., : width + 1])
             own_variance = g_query[..., width].reshape(heads, -1).sum(-1).mul(0.5)[:, None, None]
             g_log_variance = own_variance if g_log_variance is None else g_log_variance + own_variance
         if g_cost is not None:
