@@ -312,6 +312,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         right.plot(lengths, [m["bytes"][name] / 1e6 for m in result["memory"]], "o-", color=colour, label=name)
     right.set_xscale("log", base=2)
     right.set_yscale("log", base=2)
+    right.set_yticks([4, 16, 64, 256, 1024], ["4", "16", "64", "256", "1024"])
     right.set_xticks(lengths, [str(n) for n in lengths])
     plots.style_axes(right, "tokens", "peak memory in MB")
     plots.legend_above(right)

@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
-from linear_operator import LinearOperator
-from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
 from gpseq.checks import check_count, check_jitter
 from gpseq.nn.divergence import divergence_of_data
-from gpseq.nn.heads import deviations, heads_distribution
+from gpseq.nn.gaussian import GaussianAttention
+from gpseq.nn.heads import heads_distribution
 from gpseq.nn.hot import HotDraw, hot_draw, is_hot
 from gpseq.nn.inducing import COVARIANCES, InducingKeys
-from gpseq.nn.projection import ProjectedAttention, Tokens, may_look
+from gpseq.nn.projection import Tokens, may_look
 from gpseq.nn.softmax import softmax_attention
 from gpseq.sgpa.arguments import check_choice
 from gpseq.sgpa.decoupled import decoupled_posterior
@@ -29,11 +28,10 @@ from gpseq.sgpa.weights import attention_weights
 
 MODES = ("sgpa", "residual", "softmax_kernel")
 KERNELS = ("rbf", "exponential")
-SAMPLING = ("marginal", "joint", "pathwise", "mean")
 FORMS = ("orthogonal", "cheng_boots")
 
 
-class SGPAttention(ProjectedAttention):
+class SGPAttention(GaussianAttention):
     r"""Multi-head attention as ``embed_dim`` sparse Gaussian processes, in place of ``nn.MultiheadAttention``.
 
     Each head's output dimensions are Gaussian processes with one kernel :math:`k` on the head's projected tokens. Their
@@ -108,6 +106,7 @@ class SGPAttention(ProjectedAttention):
         (torch.Size([3, 5, 8]), True)
     """
 
+    SAMPLING = ("marginal", "joint", "pathwise", "mean")
     _transient = frozenset({"generator", "_kl_amortised", "_hot"})
     _kl_amortised: Tensor | None = None
     _hot: HotDraw | None = None
@@ -210,25 +209,6 @@ class SGPAttention(ProjectedAttention):
         self.reset_projections(value_gain, query_gain)
         self.inducing.reset(lengthscale, variance)
 
-    @property
-    def sampling(self) -> str:
-        """How the layer draws."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: str) -> None:
-        check_choice("sampling", sampling, SAMPLING)
-        self._sampling = sampling
-
-    @property
-    def num_samples(self) -> int:
-        """How many times each sequence stands in the batch."""
-        return self._num_samples
-
-    @num_samples.setter
-    def num_samples(self, num_samples: int) -> None:
-        self._num_samples = check_count("num_samples", num_samples)
-
     def attend(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """From tokens to a draw of the heads; see the base class."""
         mask = tokens.attn_mask
@@ -289,52 +269,11 @@ class SGPAttention(ProjectedAttention):
         root = None if full else self._explained_root(heads, post.factor)
         return heads_distribution(post, root, batched)
 
-    def conditional(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, LinearOperator]:
-        r"""Mean and covariance of each token's output in one pass, without a draw.
-
-        The output projection is linear, so :math:`W_O \operatorname{diag}(\sigma^2) W_O^\top` is exact for every token
-        by itself. The last divergence stays what it was.
-
-        Args:
-            query: as in :meth:`forward`.
-            key: as in :meth:`forward`; ``None`` is self-attention.
-            value: as in :meth:`forward`; ``None`` is ``key``.
-            key_padding_mask: as in :meth:`forward`.
-            attn_mask: as in :meth:`forward`.
-            is_causal: as in :meth:`forward`.
-
-        Returns:
-            Mean in the layout of ``query``, and its leading dimensions with ``(embed_dim, embed_dim)``, the covariance.
-
-        Raises:
-            TypeError: as :meth:`forward`.
-            ValueError: as :meth:`forward`.
-
-        Example:
-            >>> layer = SGPAttention(8, 2, num_inducing=4)
-            >>> mean, covariance = layer.conditional(torch.randn(5, 8))
-            >>> mean.shape, covariance.shape
-            (torch.Size([5, 8]), torch.Size([5, 8, 8]))
-        """
-        key = query if key is None else key
-        value = key if value is None else value
-        tokens, batched = self._tokens(query, key, value, key_padding_mask, False, attn_mask, is_causal)
+    def marginals(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Mean and marginal variances of the heads; see the base class."""
         post, _, _ = self._posterior(tokens, "diagonal")
         assert post.variance is not None
-        deviation = deviations(post.variance).mT.expand_as(post.mean)
-        weight = self.out_proj.weight
-        root = weight * deviation.transpose(-3, -2).flatten(-2).unsqueeze(-2).to(weight.dtype)
-        if tokens.is_self and tokens.removed is not None:
-            root = root.masked_fill(tokens.removed[..., None, None], 0.0)
-        return self._output(post.mean, tokens, batched), RootLinearOperator(self._layout(root, batched))
+        return post.mean, post.variance
 
     def kl_divergence(self, num_data: int | None = None, convention: str | None = None) -> Tensor:
         r"""What the layer's posterior costs: the divergence of what the last call saw, in nats.

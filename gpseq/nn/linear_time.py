@@ -6,18 +6,14 @@ from typing import NamedTuple
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
-from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
-from gpseq.checks import check_count
-from gpseq.nn.heads import deviations, heads_distribution
-from gpseq.nn.projection import ProjectedAttention, Tokens
-from gpseq.sgpa.arguments import check_choice
+from gpseq.nn.gaussian import GaussianAttention
+from gpseq.nn.heads import heads_distribution
+from gpseq.nn.projection import Tokens
 from gpseq.sgpa.draws import marginal_sample
 from gpseq.sgpa.masks import removes
 from gpseq.sgpa.posterior import AttentionPosterior
-
-SAMPLING = ("marginal", "joint", "mean")
 
 
 class Heads(NamedTuple):
@@ -40,15 +36,13 @@ class Heads(NamedTuple):
     cost: Tensor
 
 
-class LinearTimeAttention(ProjectedAttention):
+class LinearTimeAttention(GaussianAttention):
     """Base of layers whose heads are linear in finitely many Gaussian weights.
 
     Subclasses implement :meth:`heads`.
-
-    Attributes:
-        sampling: ``"marginal"``, ``"joint"`` or ``"mean"``; may be set at any time.
-        num_samples: how many times each sequence stands in the batch; divergences are averaged over them. 1 unless set.
     """
+
+    SAMPLING = ("marginal", "joint", "mean")
 
     _transient = frozenset({"generator", "_cost"})
     _cost: Tensor | None = None
@@ -61,25 +55,6 @@ class LinearTimeAttention(ProjectedAttention):
             variance: whether marginal variances are asked for.
         """
         raise NotImplementedError
-
-    @property
-    def num_samples(self) -> int:
-        """How many times each sequence stands in the batch."""
-        return self._num_samples
-
-    @num_samples.setter
-    def num_samples(self, num_samples: int) -> None:
-        self._num_samples = check_count("num_samples", num_samples)
-
-    @property
-    def sampling(self) -> str:
-        """How the layer draws."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: str) -> None:
-        check_choice("sampling", sampling, SAMPLING)
-        self._sampling = sampling
 
     def attend(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """From tokens to a draw of the heads; see the base class."""
@@ -137,46 +112,11 @@ class LinearTimeAttention(ProjectedAttention):
         post = AttentionPosterior(heads.mean, variance, None, none, none)
         return heads_distribution(post, heads.features.unsqueeze(-3) @ heads.root, batched)
 
-    def conditional(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, RootLinearOperator]:
-        r"""Mean and covariance of each token's output in one pass, without a draw.
-
-        The output projection is linear, so :math:`W_O \operatorname{diag}(\sigma^2) W_O^\top` is exact for every token
-        by itself. What the last call left behind stays.
-
-        Args:
-            query: as in :meth:`forward`.
-            key: as in :meth:`forward`; ``None`` is self-attention.
-            value: as in :meth:`forward`; ``None`` is ``key``.
-            key_padding_mask: as in :meth:`forward`.
-            attn_mask: as in :meth:`forward`.
-            is_causal: as in :meth:`forward`.
-
-        Returns:
-            Mean in the layout of ``query``, and its leading dimensions with ``(embed_dim, embed_dim)``, the covariance.
-
-        Raises:
-            TypeError: as :meth:`forward`.
-            ValueError: as :meth:`forward`.
-        """
-        key = query if key is None else key
-        value = key if value is None else value
-        tokens, batched = self._tokens(query, key, value, key_padding_mask, False, attn_mask, is_causal)
+    def marginals(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Mean and marginal variances of the heads; see the base class."""
         heads = self.heads(tokens, True)
         assert heads.variance is not None
-        deviation = deviations(heads.variance).mT.expand_as(heads.mean)
-        weight = self.out_proj.weight
-        root = weight * deviation.transpose(-3, -2).flatten(-2).unsqueeze(-2).to(weight.dtype)
-        if tokens.is_self and tokens.removed is not None:
-            root = root.masked_fill(tokens.removed[..., None, None], 0.0)
-        return self._output(heads.mean, tokens, batched), RootLinearOperator(self._layout(root, batched))
+        return heads.mean, heads.variance
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
