@@ -68,6 +68,9 @@ def _layers(device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module, Tens
     def attend(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x, x, x, need_weights=False)[0].sum()
 
+    def causal(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x, x, x, need_weights=False, is_causal=True)[0].sum()
+
     def with_divergence(layer: nn.Module, x: Tensor) -> Tensor:
         return attend(layer, x) + layer.kl_divergence(num_data=1000) / 1000  # type: ignore[operator]
 
@@ -91,6 +94,7 @@ def _layers(device: str) -> dict[str, tuple[nn.Module, Callable[[nn.Module, Tens
         "pathwise": (ours(sampling="pathwise"), attend),
         "KEPAttention": (KEPAttention(WIDTH, HEADS, batch_first=True), attend),
         "RFFAttention": (RFFAttention(WIDTH, HEADS, batch_first=True), attend),
+        "RFFAttention causal": (RFFAttention(WIDTH, HEADS, batch_first=True), causal),
     }
     return {name: (layer.to(device), call) for name, (layer, call) in layers.items()}
 
@@ -238,7 +242,17 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
                 cells.append(f"{middle:.2f} ({low:.2f} – {high:.2f})")
             rows.append([name, *cells])
         parts += [f"**{title}**", table(header, rows)]
-    parts += ["**Against the goals** (forward and backward, float32)", _goals(result)]
+    parts += [
+        "**Against the goals** (forward and backward, float32). The goals are for the layer; the last column adds the "
+        "divergence to the loss, and its own verdict.",
+        _goals(result),
+        "What it took: derivatives written out (automatic differentiation of the same formulas was at 2.9 for T = 64 and "
+        "4.2 with a covariance a dimension, for the number of its operations), the matrix of scores formed up to T = 384 "
+        "and fused attention above, products of tensors in their own order in memory, all pairs of inducing keys in one "
+        "product. What did not help: one projection for queries and values, fused attention below T = 256, pairs of "
+        "inducing keys once instead of twice. What is left at T = 64: normal draws are 5 % of the time, the part that "
+        "depends on parameters alone 15 %.",
+    ]
     lengths = [m["length"] for m in result["memory"]]
     names = list(result["memory"][0]["bytes"])
     parts += [
@@ -277,9 +291,11 @@ def _goals(result: dict[str, Any]) -> str:
                 continue
             with_kl = ratio(entry["train"], f"{name} with KL")[0]
             middle = ratio(entry["train"], name)[0]
-            verdict = "reached" if middle <= goal else f"missed by {middle - goal:.2f}"
-            rows.append([name, entry["length"], goal, f"{middle:.2f}", verdict, f"{with_kl:.2f}"])
-    return table(["covariance", "T", "goal", "measured", "", "with KL"], rows)
+            row = [name, entry["length"], goal]
+            for measured in (middle, with_kl):
+                row += [f"{measured:.2f}", "reached" if measured <= goal else f"missed by {measured - goal:.2f}"]
+            rows.append(row)
+    return table(["covariance", "T", "goal", "measured", "", "with KL", ""], rows)
 
 
 def _growth(result: dict[str, Any], name: str) -> float:

@@ -19,6 +19,27 @@ class Draws(nn.Module):
     """
 
     generator: torch.Generator | None = None
+    _transient: frozenset[str] = frozenset({"generator"})  # attributes that a copy or a file leaves out
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model forget what is asked of them meanwhile: their divergence stays that of the call before.
+
+    Args:
+        model: any module; the layers of ``gpseq.nn`` inside are found at any depth.
+    """
+    before = [
+        (layer, {name: layer.__dict__.get(name) for name in layer._transient})
+        for layer in model.modules()
+        if isinstance(layer, Draws)
+    ]
+    try:
+        yield
+    finally:
+        for layer, attributes in before:
+            for name, value in attributes.items():
+                setattr(layer, name, value)
 
 
 @contextmanager

@@ -66,8 +66,6 @@ class ProjectedAttention(Draws):
     _qkv_same_embed_dim = False
     in_proj_bias = None
     # What the last call left behind holds a graph, and a generator is no part of a layer: neither is copied or saved.
-    _transient: frozenset[str] = frozenset({"generator"})
-
     def __init__(
         self,
         embed_dim: int,
