@@ -13,11 +13,12 @@ from gpseq.checks import check_count, check_jitter
 from gpseq.nn.divergence import divergence_of_data
 from gpseq.nn.gaussian import GaussianAttention
 from gpseq.nn.heads import heads_distribution
-from gpseq.nn.hot import HotDraw, hot_draw, is_hot
+from gpseq.nn.hot import hot_draw, is_hot
 from gpseq.nn.inducing import COVARIANCES, InducingKeys
 from gpseq.nn.projection import Tokens, may_look
 from gpseq.nn.softmax import softmax_attention
 from gpseq.sgpa.arguments import check_choice
+from gpseq.sgpa.basis import exponential_factor, inducing_basis, inducing_kl
 from gpseq.sgpa.decoupled import decoupled_posterior
 from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
 from gpseq.sgpa.inducing import inducing_features, inducing_posterior
@@ -107,9 +108,8 @@ class SGPAttention(GaussianAttention):
     """
 
     SAMPLING = ("marginal", "joint", "pathwise", "mean")
-    _transient = frozenset({"generator", "_kl_amortised", "_hot"})
-    _kl_amortised: Tensor | None = None
-    _hot: HotDraw | None = None
+    _transient = frozenset({"generator", "_kl"})
+    _kl: tuple[Tensor, Tensor] | None = None  # of the last call: what all sequences share, and what each pays
 
     def __init__(
         self,
@@ -219,13 +219,12 @@ class SGPAttention(GaussianAttention):
         if self._may_be_hot and self.sampling in ("marginal", "mean") and is_hot(self, tokens):
             noisy = self.sampling == "marginal"
             hot = hot_draw(self, self.inducing, tokens, self.value_scale, self.jitter, noisy)
-            self._hot, self._kl_amortised = hot._replace(heads=hot.heads.new_empty(0)), hot.amortised
+            self._kl = hot.kl_global, hot.kl_amortised
             return hot.heads, None
         output = {"marginal": "diagonal", "joint": "full"}.get(self.sampling, "mean")
         post, query, weights = self._posterior(tokens, output)
-        heads, self._hot = self._draw(post, query), None
-        # A sequence pays for its own keys; what all of them share is computed from the parameters when it is asked for.
-        self._kl_amortised = post.kl_amortised.sum((-2, -1))
+        heads = self._draw(post, query)
+        self._kl = self._all_heads(post.kl_global), post.kl_amortised.sum((-2, -1))
         return heads, weights
 
     def posterior(
@@ -285,7 +284,9 @@ class SGPAttention(GaussianAttention):
         - ``"per_sequence"``: :math:`N (\mathrm{KL}_g + \tfrac1B \sum_b \mathrm{KL}_{a,b})`, a function a sequence, as
           published.
 
-        Divided by N, either is what is added to the mean cross-entropy.
+        Divided by N, either is what is added to the mean cross-entropy, before ``backward()``: both share one graph.
+        Reentrant activation checkpointing runs the first forward without one, and the sequences' part has no gradient
+        then; the non-reentrant kind keeps it.
 
         Args:
             num_data: N; ``None`` takes the batch for all the data, N = B.
@@ -309,29 +310,33 @@ class SGPAttention(GaussianAttention):
             )
         per_sequence = mixed or convention == "per_sequence"
         num_data = None if num_data is None else check_count("num_data", num_data)
-        amortised = self._kl_amortised
-        if amortised is None:
+        if self._kl is None:
             if self.mode != "residual" or (per_sequence and num_data is None):
                 raise RuntimeError("kl_divergence: expected a call of the layer before, it is that of what it saw.")
-            amortised = self.inducing.value.new_zeros(1)
-        return divergence_of_data(self._kl_global(), amortised, self.num_samples, num_data, per_sequence)
+            return divergence_of_data(
+                self._kl_global(),
+                self.inducing.value.new_zeros(self.num_samples),
+                self.num_samples,
+                num_data,
+                per_sequence,
+            )
+        shared, amortised = self._kl
+        if torch.is_grad_enabled() and not shared.requires_grad:
+            shared = self._kl_global()  # the call kept no graph; this part needs none of what it saw
+        return divergence_of_data(shared, amortised, self.num_samples, num_data, per_sequence)
 
     def _kl_global(self) -> Tensor:
         """What q(u) of the inducing keys pays, summed over heads and dimensions."""
-        inducing, hot = self.inducing, self._hot
-        if hot is not None and (hot.value.requires_grad or not torch.is_grad_enabled()):
-            return hot.kl_global()
-        post = inducing_posterior(
-            inducing.key(*self._key_projection())[..., :1, :],
-            inducing.key(*self._key_projection()),
-            inducing.value,
-            inducing.scale,
-            *self._kernel_parameters(),
-            kernel=self.kernel,
-            jitter=self.jitter,
-            output="mean",
-        )
-        return post.kl_global.expand(self.num_heads, self.head_dim).sum()
+        key = self.inducing.key(*self._key_projection())
+        basis = inducing_basis(key, *self._kernel_parameters(), key, self.jitter)
+        value = self.inducing.value.to(basis.key.dtype)
+        if self.kernel == "exponential":
+            value = value * exponential_factor(basis.key)
+        return self._all_heads(inducing_kl(basis, value, self.inducing.scale))
+
+    def _all_heads(self, kl: Tensor) -> Tensor:
+        """Sum over heads and dimensions of ``(H, D)``, or ``(H, 1)`` where the dimensions share it."""
+        return kl.expand(self.num_heads, self.head_dim).sum()
 
     def _posterior(self, tokens: Tokens, output: str) -> tuple[AttentionPosterior, Tensor, Tensor | None]:
         """Posterior of the heads, the queries that it is at, and the weights if the call asks for them."""
@@ -365,6 +370,11 @@ class SGPAttention(GaussianAttention):
             output=output,
             **options,
         )
+        if self.kernel == "exponential" and may_look(post.mean) and not post.mean.detach().isfinite().all():
+            raise ValueError(
+                f"query: expected tokens whose exponential kernel fits {post.mean.dtype}, got projected ones of norm "
+                f"{(query.detach() / parameters[0].unsqueeze(-2)).norm(dim=-1).max().item():.0f} length-scales."
+            )
         weights = attention_weights(query, key, inducing_key, *parameters, **options) if tokens.need_weights else None
         return post, query, weights
 

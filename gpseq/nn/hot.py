@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpseq.nn.inducing import InducingKeys
 from gpseq.nn.projection import ProjectedAttention, Tokens
+from gpseq.sgpa.draws import standard_normal
 from gpseq.sgpa.fast import attend, prepare
 
 
@@ -18,24 +19,13 @@ class HotDraw(NamedTuple):
 
     Attributes:
         heads: ``(B, H, T, D)``.
-        amortised: divergence of each sequence's own keys, ``(B,)``.
-        value: whitened mean of the inducing variables, ``(H, M, D)``.
-        excess: whitened covariance less the identity, ``(H, D, M, M)`` or ``(H, 1, M, M)``.
-        log_diagonal: sum of the logarithms of the diagonal of its factor, of all heads and dimensions it has.
+        kl_amortised: divergence of each sequence's own keys, ``(B,)``.
+        kl_global: that of the inducing keys, a scalar.
     """
 
     heads: Tensor
-    amortised: Tensor
-    value: Tensor
-    excess: Tensor
-    log_diagonal: Tensor
-
-    def kl_global(self) -> Tensor:
-        """What q(u) of the inducing keys pays, summed over heads and dimensions."""
-        # tr(S) - M is the trace of S - I, and the mean's cost is that of the whitened one.
-        spread = 0.5 * self.excess.diagonal(dim1=-2, dim2=-1).sum() - self.log_diagonal
-        shared_by = self.value.shape[-1] // self.excess.shape[1]
-        return shared_by * spread + 0.5 * self.value.square().sum()
+    kl_amortised: Tensor
+    kl_global: Tensor
 
 
 def is_hot(layer: ProjectedAttention, tokens: Tokens) -> bool:
@@ -50,7 +40,7 @@ def is_hot(layer: ProjectedAttention, tokens: Tokens) -> bool:
         and not (tokens.is_causal or tokens.need_weights)
         and weight.dtype in (torch.float32, torch.float64)
         and query.dtype == tokens.value.dtype == weight.dtype
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None)
         and not torch.is_autocast_enabled(query.device.type)
         and torch.autograd.forward_ad._current_level < 0
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (query, weight))
@@ -86,7 +76,7 @@ def hot_draw(
         inducing.log_diagonal,
         jitter,
     )
-    query = layer.split(F.linear(tokens.query, prepared.weight))
+    query = layer.split(F.linear(tokens.query, prepared.weight, prepared.shift))
     value, removed, mask = layer.project_value(tokens.value), tokens.removed, tokens.key_padding_mask
     share: Tensor | float = 1.0 / query.shape[-2] if value_scale == "length" else 1.0
     if removed is not None and mask is not None:
@@ -97,6 +87,9 @@ def hot_draw(
             share = (~removed).sum(-1).clamp_min(1).to(value.dtype).reciprocal()[:, None, None]
     noise = None
     if noisy:
-        noise = torch.randn(value.shape, generator=layer.generator, dtype=value.dtype, device=value.device)
+        noise = standard_normal(value.shape, layer.generator, value.dtype, value.device)
     heads, amortised = attend(query, value, prepared, inducing.log_variance, share, noise)
-    return HotDraw(heads, amortised, prepared.value, prepared.excess, inducing.log_diagonal.sum())
+    # tr(S) - M is the trace of S - I, and the mean's cost is that of the whitened one.
+    spread = 0.5 * prepared.excess.diagonal(dim1=-2, dim2=-1).sum() - inducing.log_diagonal.sum()
+    shared_by = layer.head_dim // prepared.excess.shape[1]
+    return HotDraw(heads, amortised, shared_by * spread + 0.5 * prepared.value.square().sum())

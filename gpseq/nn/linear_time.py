@@ -11,7 +11,7 @@ from torch import Tensor
 from gpseq.nn.gaussian import GaussianAttention
 from gpseq.nn.heads import heads_distribution
 from gpseq.nn.projection import Tokens
-from gpseq.sgpa.draws import marginal_sample
+from gpseq.sgpa.draws import marginal_sample, standard_normal
 from gpseq.sgpa.masks import removes
 from gpseq.sgpa.posterior import AttentionPosterior
 
@@ -69,7 +69,7 @@ class LinearTimeAttention(GaussianAttention):
             return marginal_sample(heads.mean, heads.variance, self.generator), heads.weights
         assert heads.root is not None
         shape = (*heads.mean.shape[:-2], heads.mean.shape[-1], heads.root.shape[-1], 1)
-        noise = torch.randn(shape, generator=self.generator, dtype=heads.root.dtype, device=heads.root.device)
+        noise = standard_normal(shape, self.generator, heads.root.dtype, heads.root.device)
         drawn = heads.features @ (heads.root @ noise).squeeze(-1).mT
         return (heads.mean + drawn).to(heads.mean.dtype), heads.weights
 

@@ -65,6 +65,7 @@ class ProjectedAttention(Draws):
 
     _qkv_same_embed_dim = False
     in_proj_bias = None
+
     # What the last call left behind holds a graph, and a generator is no part of a layer: neither is copied or saved.
     def __init__(
         self,
@@ -233,7 +234,11 @@ class ProjectedAttention(Draws):
         if not (self.training and self.dropout):
             return value
         # Whole keys are dropped: that is a posterior too, which dropping entries of a covariance is not.
-        drawn = torch.rand(value[..., :1].shape, generator=self.generator, dtype=torch.float32, device=value.device)
+        shape, generator = value[..., :1].shape, self.generator
+        if generator is None:  # see `standard_normal`
+            drawn = torch.rand(shape, dtype=torch.float32, device=value.device)
+        else:
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device=value.device)
         return value * (drawn >= self.dropout).to(value.dtype) / (1.0 - self.dropout)
 
     def split(self, tokens: Tensor) -> Tensor:
@@ -251,7 +256,7 @@ class ProjectedAttention(Draws):
         is_causal: bool = False,
     ) -> tuple[Tokens, bool]:
         """The call, checked and batch first, and whether it came with a batch."""
-        is_self, same_value = query is key, value is key
+        is_self, same_value = is_same(query, key), is_same(value, key)
         for name, tokens, width in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
@@ -354,6 +359,23 @@ class ProjectedAttention(Draws):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in self._transient}
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two arguments are one tensor.
+
+    Backward hooks and reentrant checkpointing hand over an alias for each argument, with the same numbers in the same
+    place.
+    """
+    if one is other or not (
+        isinstance(one, Tensor) and may_look(one) and isinstance(other, Tensor) and may_look(other)
+    ):
+        return one is other
+    return (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one.requires_grad == other.requires_grad
+    )
 
 
 def may_look(tokens: Tensor) -> bool:

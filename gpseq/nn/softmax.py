@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpseq.nn.projection import Tokens
+from gpseq.sgpa.masks import removes
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
@@ -53,10 +54,8 @@ def _bias(tokens: Tokens, query: Tensor) -> Tensor | None:
         masks.append(tokens.attn_mask)
     total = None
     for mask in masks:
-        added = (
-            torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(mask, -torch.inf)
-            if mask.dtype == torch.bool
-            else mask.to(query.dtype)
-        )
+        # What stands for minus infinity is that, as everywhere else.
+        bias = torch.zeros_like(mask, dtype=query.dtype) if mask.dtype == torch.bool else mask.to(query.dtype)
+        added = bias.masked_fill(removes(mask), -torch.inf)
         total = added if total is None else total + added
     return total if total is None or total.dim() == 4 else total.expand(query.shape[0], 1, *total.shape[-2:])

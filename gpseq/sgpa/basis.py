@@ -30,6 +30,17 @@ class InducingBasis(NamedTuple):
     log_variance: Tensor
     whitening: Whitening
 
+    def around(self, *tokens: Tensor) -> tuple[InducingBasis, tuple[Tensor, ...]]:
+        """The keys, and scaled tokens ``(*batch, H, T, dq)``, around the mean of each head's keys.
+
+        The RBF kernel does not see it, and distances far from the origin keep their digits. One tensor stays one.
+        """
+        if self.key.shape[-2] == 0:
+            return self, tokens
+        centre = self.key.detach().mean(-2, keepdim=True)
+        moved = {id(t): t - centre.to(t.dtype) for t in {id(t): t for t in tokens}.values()}
+        return self._replace(key=self.key - centre), tuple(moved[id(t)] for t in tokens)
+
     def covariance(self, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
         """:math:`K_{qg}` for scaled tokens ``(*batch, H, T, dq)``, ``(*batch, H, T, M)``; a bias is in the exponent."""
         return rbf_covariance(tokens.to(self.key.dtype), self.key, self.log_variance, bias)

@@ -22,7 +22,7 @@ from gpseq.sgpa.basis import (
 from gpseq.sgpa.causal import causal_linear_attention, mean_over_tokens, prefix_kl
 from gpseq.sgpa.masks import RowMask, check_mask, mask_keys, query_weights, row_mask
 from gpseq.sgpa.posterior import AttentionPosterior
-from gpseq.sgpa.rbf import rbf_product
+from gpseq.sgpa.rbf import half_norms, rbf_product
 from gpseq.sgpa.scales import Scale
 
 
@@ -150,7 +150,11 @@ def decoupled_posterior(
         algebra = basis.key.dtype
         v_g = inducing_value.to(algebra)
         v_g = v_g * exponential_factor(basis.key) if kernel == "exponential" else v_g
-        inducing = _shared(tokens, basis, v_g, cross_bias)
+        basis, (query_tokens, key_tokens) = basis.around(tokens.query, tokens.key)
+        tokens = tokens._replace(query=query_tokens, key=key_tokens)
+        shift = tokens.shift
+        own = v_g if shift is None else v_g * (-shift).exp().to(algebra)
+        inducing = _shared(tokens, basis, own, cross_bias)
         orthogonal = form == "orthogonal"
         total = _kernel_product(tokens, torch.cat([tokens.value, tokens.mass], -1) if normalise else tokens.value)
         amortised = basis.variance * total[..., :dims].to(algebra)
@@ -158,12 +162,16 @@ def decoupled_posterior(
             amortised = amortised - _explained_product(tokens, inducing)
         count = _seen(tokens).to(algebra) if normalise or value_scale == "length" else None
         # Every term of the mean is under the kernel before it is normalised, and one factor a query does the rest.
-        mean = (amortised if count is None else amortised / count.clamp_min(1.0)) + inducing.cross @ v_g
+        mean = (amortised if count is None else amortised / count.clamp_min(1.0)) + inducing.cross @ own
         factor = None if tokens.factor is None else tokens.factor.to(algebra)
         if normalise and count is not None:
-            factor = _normaliser(total[..., dims:].to(algebra), count).reciprocal()
+            factor = _normaliser(total[..., dims:].to(algebra), count, shift).reciprocal()
         mean = mean if factor is None else mean * factor
         kl_amortised, kl_prefix = _amortised_kl(tokens, inducing, amortised, count, orthogonal)
+        if shift is not None and factor is not None:
+            factor, square = factor * (-shift).exp(), (2.0 * shift).clamp_max(80.0).exp()
+            kl_amortised = kl_amortised * square.squeeze(-1)
+            kl_prefix = None if kl_prefix is None else kl_prefix * square
         spread, covariance = inducing_spread(
             basis, tokens.query, inducing.features, inducing_scale_tril, factor, output, tokens.own_bias
         )
@@ -180,6 +188,7 @@ class _Tokens(NamedTuple):
     value: Tensor  # (*batch, H, Tk, D), zero where there is no key
     mass: Tensor  # (*batch, H, Tk, 1), what a value of one is under this kernel; no column unless it is normalised
     factor: Tensor | None  # (*batch, H, Tq, 1), what multiplies the function; None is 1
+    shift: Tensor | None  # (*batch, H, 1, 1), logarithm of what values were divided by; None is 0
     keep: Tensor | None  # (*batch, 1, Tk), which keys there are; None is all
     rows: RowMask | None
     is_causal: bool
@@ -220,7 +229,7 @@ def _scaled_tokens(
     amplitude: Tensor | None,
 ) -> _Tokens:
     """Scale and mask a sequence; ``amplitude`` is the variance ``(H,)`` of a kernel to be normalised, else None."""
-    is_self, dims = key is query, value.shape[-1]
+    is_self, dims, shift = key is query, value.shape[-1], None
     if kernel == "exponential" and query.dtype == torch.float16:
         query, key, value = query.float(), key.float(), value.float()  # the factors do not fit
     if amplitude is not None:
@@ -230,13 +239,17 @@ def _scaled_tokens(
     k = scale_tokens(key, lengthscale)
     q, factor = k if is_self else scale_tokens(query, lengthscale), None
     if kernel == "exponential":
-        weight = exponential_factor(k.to(algebra_dtype(k)))
-        factor = weight if is_self else exponential_factor(q.to(weight.dtype))
-        value = value * weight.to(value.dtype)
+        log_weight = -half_norms(k.to(algebra_dtype(k)))
+        if amplitude is None:
+            factor = log_weight.exp() if is_self else exponential_factor(q.to(log_weight.dtype))
+        else:  # in a ratio of sums the largest weight may be 1, and large ones do not overflow
+            shift = log_weight.detach().amax(-2, keepdim=True)
+            log_weight = log_weight - shift
+        value = value * log_weight.exp().to(value.dtype)
     value, mass = value[..., :dims], value[..., dims:]
     if amplitude is not None:
         value = value / amplitude[..., None, None].to(value.dtype)
-    return _Tokens(q, k, value, mass, factor, keep, rows, is_causal)
+    return _Tokens(q, k, value, mass, factor, shift, keep, rows, is_causal)
 
 
 def _shared(tokens: _Tokens, basis: InducingBasis, value: Tensor, bias: Tensor | None) -> _Inducing:
@@ -277,10 +290,11 @@ def _seen(tokens: _Tokens) -> Tensor:
     return keep.cumsum(-1).unsqueeze(-1) if tokens.is_causal else keep.sum(-1)[..., None, None]
 
 
-def _normaliser(total: Tensor, count: Tensor) -> Tensor:
-    """The mean of the kernel over the keys that each query sees; 1 where it sees none."""
-    tiny = torch.finfo(total.dtype).tiny
-    return torch.where(count > 0, total / count.clamp_min(1.0), 1.0).clamp_min(tiny)
+def _normaliser(total: Tensor, count: Tensor, shift: Tensor | None) -> Tensor:
+    """The mean of the kernel over the keys that each query sees; 1 where it sees none. Both divided by e^shift."""
+    tiny, one = torch.finfo(total.dtype).tiny, torch.ones((), dtype=total.dtype, device=total.device)
+    none = one if shift is None else (-shift).exp().to(total.dtype)
+    return torch.where(count > 0, total / count.clamp_min(1.0), none).clamp_min(tiny)
 
 
 def _amortised_kl(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,22 @@ from gpseq.linalg import default_jitter
 from gpseq.sgpa.basis import algebra_dtype, inducing_basis, scale_tokens, without_autocast
 from gpseq.sgpa.scales import Scale, cast_scale, scale_root
 from gpseq.sgpa.whitening import whiten
+
+
+def standard_normal(
+    shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Independent draws from N(0, 1).
+
+    Args:
+        shape: of the draws.
+        generator: where they come from; ``None`` is torch's default generator.
+        dtype: of the draws.
+        device: of the draws.
+    """
+    if generator is None:  # not handed on: with the keyword, shapes that a compiler keeps open are refused
+        return torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
 def marginal_sample(mean: Tensor, variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -31,7 +49,7 @@ def marginal_sample(mean: Tensor, variance: Tensor, generator: torch.Generator |
     """
     # A root has no derivative at zero, and rounding leaves variances there.
     deviation = variance.clamp_min(torch.finfo(variance.dtype).eps ** 2).sqrt().mT
-    noise = torch.randn(mean.shape, generator=generator, dtype=deviation.dtype, device=mean.device)
+    noise = standard_normal(mean.shape, generator, deviation.dtype, mean.device)
     return (mean + deviation * noise).to(mean.dtype)
 
 
@@ -51,7 +69,7 @@ def joint_sample(
     """
     jitter = default_jitter(covariance.dtype) if jitter is None else jitter
     tril = whiten(covariance.double(), jitter).tril.to(covariance.dtype)
-    noise = torch.randn(mean.mT.shape, generator=generator, dtype=tril.dtype, device=mean.device)
+    noise = standard_normal(mean.mT.shape, generator, tril.dtype, mean.device)
     return (mean + (tril @ noise.unsqueeze(-1)).squeeze(-1).mT).to(mean.dtype)
 
 
@@ -100,7 +118,7 @@ def pathwise_noise(
     working = algebra_dtype(query)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=working, device=query.device)
+        return standard_normal(shape, generator, working, query.device)
 
     lead, heads, width = query.shape[:-3], query.shape[-3], query.shape[-1]
     with without_autocast(query):
@@ -116,6 +134,7 @@ def pathwise_noise(
 
         root = scale_root(cast_scale(inducing_scale_tril, working))
         explained = (root @ normal(*lead, heads, num_dims, root.shape[-1], 1)).squeeze(-1).mT
-        features = basis.whitening.features(basis.covariance(q))
+        centred, (around,) = basis.around(q)  # not for the waves, whose phase would move
+        features = basis.whitening.features(centred.covariance(around))
         drawn = prior(q) + features @ (explained - basis.whitening.inverse @ prior(basis.key))
     return drawn if factor is None else drawn * factor

@@ -32,6 +32,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         weight: of the queries and keys, divided by the length-scales, ``(H dq, width)``.
+        shift: bias of the queries and keys, ``(H dq,)``: minus the mean of each head's inducing keys. The kernel does
+            not see it, and distances of tokens far from the origin keep their digits.
         key: inducing keys in two more columns, with the log variance, ``(H, M, dq + 2)``.
         inverse: :math:`L^{-1}`, ``(H, M, M)``.
         value: whitened mean of the inducing variables, :math:`L^\top v_g`, ``(H, M, D)``.
@@ -39,6 +41,7 @@ class Prepared(NamedTuple):
     """
 
     weight: Tensor
+    shift: Tensor
     key: Tensor
     inverse: Tensor
     value: Tensor
@@ -86,6 +89,8 @@ def prepare_plainly(
     heads, size = location.shape[:2]
     scaled = weight * (-log_lengthscale).exp().flatten().unsqueeze(-1)
     tokens = location @ scaled.view(heads, -1, location.shape[-1]).mT
+    shift = -tokens.detach().mean(-2, keepdim=True)
+    tokens = tokens + shift
     log_variance = log_variance[..., None, None]
     key = _keys(tokens, log_variance)
     tokens64 = tokens.double()
@@ -93,7 +98,7 @@ def prepare_plainly(
     tril = lower.tril(-1) + torch.diag_embed(log_diagonal.exp())
     excess = tril @ tril.mT - torch.eye(size, dtype=tril.dtype, device=tril.device)
     whitened = whitening.tril.mT.to(value.dtype) @ value
-    return Prepared(scaled, key, whitening.inverse.to(weight.dtype), whitened, excess)
+    return Prepared(scaled, shift.flatten(), key, whitening.inverse.to(weight.dtype), whitened, excess)
 
 
 class _Prepare(torch.autograd.Function):
@@ -103,6 +108,8 @@ class _Prepare(torch.autograd.Function):
         heads = location.shape[0]
         scaled = weight * (-log_lengthscale).exp().view(-1, 1)
         tokens = bmm(location, scaled.view(heads, -1, location.shape[-1]).mT)
+        shift = tokens.mean(-2, keepdim=True).neg_()
+        tokens += shift  # a constant: nothing depends on it, and so does no derivative
         log_variance = log_variance[:, None, None]
         norms = torch.add(log_variance, (tokens * tokens).sum(-1, keepdim=True), alpha=-0.5)
         key = torch.cat([tokens, norms, torch.ones_like(norms)], -1)
@@ -119,16 +126,18 @@ class _Prepare(torch.autograd.Function):
         ctx.save_for_backward(*arguments[:-1], scaled, tokens, whitened, tril, *whitening)
         ctx.jitter = jitter
         ctx.set_materialize_grads(False)
-        return scaled, key, inverse, whitened, excess
+        shift = shift.flatten()
+        ctx.mark_non_differentiable(shift)
+        return scaled, shift, key, inverse, whitened, excess
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _plain(grads):
             return (*_again(prepare_plainly, (*saved[:7], ctx.jitter), grads), None)
         _, location, value, log_lengthscale, *_ = saved[:7]
         scaled, tokens, whitened, tril, gram, factor, inverse64 = saved[7:]
-        g_scaled, g_key, g_inverse, g_whitened, g_excess = grads
+        g_scaled, _, g_key, g_inverse, g_whitened, g_excess = grads
         heads, width = location.shape[0], tokens.shape[-1]
         g_tokens, g_log_variance, g_gram, g_value = None, None, None, None
         if g_inverse is not None:
@@ -199,7 +208,7 @@ def attend(
     if query.shape[-2] > _EXPLICIT_LENGTH.get(query.device.type, 0):
         product = _fused_product(query, value, log_variance, share)
     noise = None if noise is None else noise.transpose(0, 1)
-    heads, cost = _Attend.apply(query, value, *prepared[1:], log_variance, share, noise, product)
+    heads, cost = _Attend.apply(query, value, *prepared[2:], log_variance, share, noise, product)
     return heads.transpose(0, 1), cost
 
 
@@ -239,9 +248,10 @@ class _Attend(torch.autograd.Function):
         size, dims = whitened.shape[-2:]
         many, rows = heads * batch, batch * length
         norms = (query * query).sum(-1, keepdim=True).mul_(-0.5)
+        check_reach(norms)
         queries = torch.cat([query, torch.ones_like(norms), norms], -1).view(many, length, width + 2)
         v = torch.mul(value, share, out=value.new_empty(heads, batch, length, dims)).view(many, length, dims)
-        covariance = bmm(queries.view(heads, rows, width + 2), key.mT).exp_()
+        covariance = bmm(queries.view(heads, rows, width + 2), key.mT).clamp_max_(log_variance).exp_()
         features = bmm(covariance, inverse.mT)
         by_sequence = features.view(many, length, size)
         own = bmm(by_sequence.mT, v).view(heads, batch, size, dims)
@@ -251,7 +261,10 @@ class _Attend(torch.autograd.Function):
             # Transposed in memory: a product of two tensors in their own order is twice as fast for short sequences.
             weighted = (norms + log_variance.unsqueeze(-1)).mT
             keys = torch.cat([query.mT, weighted, torch.ones_like(weighted)], -2).view(many, width + 2, length)
-            kernel = bmm(queries, keys).exp_()
+            # No distance is negative, whatever rounding says.
+            scores = bmm(queries, keys).view(heads, batch * length * length)
+            kernel = scores.clamp_max_(log_variance.view(heads, 1)).exp_()
+            kernel = kernel.view(many, length, length)
             mean.baddbmm_(kernel, v)
         else:
             mean.view_as(product).add_(product)
@@ -266,7 +279,8 @@ class _Attend(torch.autograd.Function):
             ctx.at_floor = variance.device.type != "cpu" or (bool(variance.numel()) and variance.amin().item() < floor)
             deviation = variance.clamp_min_(floor).sqrt_()
             # In the layout that the output projection reads.
-            drawn = torch.addcmul(drawn, deviation.view(heads, batch, length, -1), noise, out=_as_output(drawn))
+            columns = deviation.view(heads, batch, length, excess.shape[1])
+            drawn = torch.addcmul(drawn, columns, noise, out=_as_output(drawn))
         ctx.save_for_backward(
             *(a if isinstance(a, Tensor) else None for a in arguments),
             queries, covariance, features, own, rest, kernel, mean, deviation, v)  # fmt: skip
@@ -277,7 +291,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _plain(grads):
             arguments = [*saved[:10]]
             arguments[7] = ctx.share
             return tuple(_again(attend_plainly, tuple(arguments), grads))
@@ -333,7 +347,7 @@ class _Attend(torch.autograd.Function):
         g_query = _as_output(query)
         torch.addcmul(
             pull.view_as(query),
-            queries.view(*query.shape[:-1], -1)[..., :width],
+            queries.view(*query.shape[:-1], width + 2)[..., :width],
             slope.view(*query.shape[:-1], 1),
             value=-1.0,
             out=g_query,
@@ -378,7 +392,7 @@ def _whiten(gram: Tensor, log_variance: Tensor, jitter: float) -> Whitening:
     """:func:`whiten`, in fewer steps where looking at the outcome is free and the first attempt succeeds."""
     if gram.device.type != "cpu":
         return whiten(gram, jitter)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     jittered = torch.addcmul(gram, log_variance.exp().to(gram.dtype), eye, value=jitter)  # the mean diagonal is s2
     factor, info = torch.linalg.cholesky_ex(jittered)
     if info.any():
@@ -386,13 +400,48 @@ def _whiten(gram: Tensor, log_variance: Tensor, jitter: float) -> Whitening:
     return Whitening(jittered, factor, torch.linalg.solve_triangular(factor, eye, upper=False))
 
 
+def check_reach(norms: Tensor) -> None:
+    """That squared distances keep their digits; looked at where that is free.
+
+    Args:
+        norms: of tokens around the inducing keys, minus half their squared distance.
+
+    Raises:
+        ValueError: a token is too far away for the dtype.
+    """
+    if norms.device.type != "cpu" or not norms.numel():
+        return
+    farthest, reach = -2.0 * norms.amin().item(), 0.1 / torch.finfo(norms.dtype).eps
+    if farthest > reach:
+        raise ValueError(
+            f"query: expected tokens within {reach**0.5:.0f} length-scales of the inducing keys, beyond which "
+            f"{norms.dtype} loses the distances between them, got one at {farthest**0.5:.0f}. Normalise the tokens."
+        )
+
+
+def _plain(grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether gradients need plain operations: there will be a second derivative, or they come in batches."""
+    functorch = torch._C._functorch
+    return torch.is_grad_enabled() or any(
+        g is not None and (functorch.is_functorch_wrapped_tensor(g) or functorch.is_legacy_batchedtensor(g))
+        for g in grads
+    )
+
+
 def _again(function: Any, arguments: tuple[Any, ...], grads: tuple[Any, ...]) -> list[Tensor | None]:
     """Gradients with a graph of their own, through the plain function."""
     wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-    outputs = [(o, g) for o, g in zip(function(*arguments), grads, strict=True) if g is not None and o.requires_grad]
+    with torch.enable_grad():
+        results = function(*arguments)
+    outputs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None and o.requires_grad]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True, allow_unused=True
+            [o for o, _ in outputs],
+            wanted,
+            [g for _, g in outputs],
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
         )
     )
     return [next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in arguments]

@@ -74,6 +74,7 @@ def inducing_posterior(
         q, v_g, factor = scale_tokens(query, lengthscale).to(dtype), inducing_value.to(dtype), None
         if kernel == "exponential":
             factor, v_g = exponential_factor(q), v_g * exponential_factor(basis.key)
+        basis, (q,) = basis.around(q)
         cross = basis.covariance(q)
         mean = cross @ v_g
         mean = mean if factor is None else mean * factor
@@ -110,4 +111,5 @@ def inducing_features(
     """
     with without_autocast(query):
         basis = inducing_basis(inducing_key, lengthscale, variance, query, jitter)
-        return basis.whitening.features(basis.covariance(scale_tokens(query, lengthscale)))
+        basis, (q,) = basis.around(scale_tokens(query, lengthscale))
+        return basis.whitening.features(basis.covariance(q))

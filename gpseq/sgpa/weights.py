@@ -70,6 +70,8 @@ def attention_weights(
         amplitude = variance if normalise else None
         tokens = _scaled_tokens(query, key, ones, lengthscale, kernel, key_padding_mask, rows, is_causal, amplitude)
         basis = inducing_basis(inducing_key, lengthscale, variance, query, jitter)
+        basis, (q, k) = basis.around(tokens.query, tokens.key)
+        tokens = tokens._replace(query=q, key=k)
         dtype = basis.key.dtype
         bias = None if rows is None else rows.bias
         matrix = rbf_covariance(tokens.query.to(dtype), tokens.key.to(dtype), basis.log_variance, bias)
@@ -87,7 +89,7 @@ def attention_weights(
         count = _seen(tokens).to(dtype) if normalise or value_scale == "length" else None
         matrix = matrix if count is None else matrix / count.clamp_min(1.0)
         if total is not None and count is not None:
-            matrix = matrix / _normaliser(total, count)
+            matrix = matrix / _normaliser(total, count, tokens.shift)
         elif tokens.factor is not None:
             matrix = matrix * tokens.factor.to(dtype)
     return matrix.to(query.dtype)

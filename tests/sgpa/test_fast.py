@@ -23,7 +23,7 @@ def parameters(heads: int, size: int, width: int, dims: int, own: int, dtype: to
 
 
 def heads_of(x: Tensor, prepared: Prepared, heads: int) -> Tensor:
-    return (x @ prepared.weight.mT).unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return (x @ prepared.weight.mT + prepared.shift).unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def close(left: Any, right: Any, tolerance: float) -> None:
@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_the_plain_functions(
         query = heads_of(x, prepared, heads).transpose(0, 1)
         front = None if noise is None else noise.transpose(0, 1)
         column = arguments[4][:, None, None]
-        drawn, cost = attend_plainly(query, value.transpose(0, 1), *prepared[1:], column, share, front, None)
+        drawn, cost = attend_plainly(query, value.transpose(0, 1), *prepared[2:], column, share, front, None)
         return drawn.transpose(0, 1), cost
 
     found, expected = ours(), plain()
