@@ -1,4 +1,4 @@
-"""Metrics against torch's own distributions, and by hand."""
+"""Scores of streams of tasks, by hand and by loops."""
 
 import math
 
@@ -7,65 +7,9 @@ import torch
 
 from gpseq import metrics
 
-
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_nlpd_is_the_mean_of_normal_log_densities(batch: tuple[int, ...], dtype: torch.dtype) -> None:
-    mean, target = torch.randn(2, *batch, 7, dtype=dtype)
-    variance = torch.rand(*batch, 7, dtype=dtype) + 0.1
-    expected = -torch.distributions.Normal(mean, variance.sqrt()).log_prob(target).mean(-1)
-    torch.testing.assert_close(metrics.nlpd(mean, variance, target), expected)
-
-
-def test_nlpd_moves_with_the_unit() -> None:
-    """In a unit a thousand times smaller all densities are a thousand times smaller."""
-    mean, target, variance = torch.randn(5), torch.randn(5), torch.rand(5) + 0.1
-    shifted = metrics.nlpd(1000 * mean, 1e6 * variance, 1000 * target) - metrics.nlpd(mean, variance, target)
-    assert shifted.item() == pytest.approx(math.log(1000), rel=1e-5)
-
-
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_rmse(batch: tuple[int, ...], dtype: torch.dtype) -> None:
-    mean, target = torch.randn(2, *batch, 7, dtype=dtype)
-    torch.testing.assert_close(metrics.rmse(mean, target), (mean - target).norm(dim=-1) / math.sqrt(7))
-
-
-def test_nothing_to_score_is_nan() -> None:
-    assert metrics.rmse(torch.zeros(0), torch.zeros(0)).isnan()
-    assert metrics.nlpd(torch.zeros(0), torch.ones(0), torch.zeros(0)).isnan()
-
-
 NAN = math.nan
 #: Accuracy of three tasks: the second gains what the first loses; the last row of the first two is below their best.
 ACCURACY = torch.tensor([[0.9, 0.3, 0.2], [0.95, 0.8, 0.1], [0.6, 0.9, 0.7]], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_classification_scores_are_those_of_torch_distributions(batch: tuple[int, ...], dtype: torch.dtype) -> None:
-    logits = torch.randn(*batch, 7, 4, dtype=dtype)
-    target = torch.randint(4, (*batch, 7))
-    expected = -torch.distributions.Categorical(logits=logits).log_prob(target).mean(-1)
-    torch.testing.assert_close(metrics.categorical_nlpd(logits.softmax(-1), target), expected)
-    probability, label = torch.rand(*batch, 7, dtype=dtype), torch.randint(2, (*batch, 7))
-    expected = -torch.distributions.Bernoulli(probability).log_prob(label.to(dtype)).mean(-1)
-    for kind in (label, label.to(dtype), label.bool()):
-        torch.testing.assert_close(metrics.bernoulli_nlpd(probability, kind), expected)
-    predicted = logits.argmax(-1)
-    right = [
-        [a == b for a, b in zip(*rows, strict=True)]
-        for rows in zip(predicted.reshape(-1, 7), target.reshape(-1, 7), strict=True)
-    ]
-    expected = torch.tensor(right).double().mean(-1).reshape(batch)
-    torch.testing.assert_close(metrics.accuracy(predicted, target), expected)
-
-
-def test_certainty_is_rewarded_and_punished_without_limit() -> None:
-    sure, label = torch.tensor([0.0, 1.0]), torch.tensor([0, 1])
-    assert metrics.bernoulli_nlpd(sure, label) == 0
-    assert metrics.bernoulli_nlpd(sure, 1 - label) == math.inf
-    assert metrics.categorical_nlpd(torch.eye(2), label) == 0
-    assert metrics.categorical_nlpd(torch.eye(2), 1 - label) == math.inf
-    for empty in (metrics.accuracy(label[:0], label[:0]), metrics.bernoulli_nlpd(sure[:0], label[:0])):
-        assert empty.isnan()
 
 
 def test_scores_of_a_stream_of_tasks_by_hand() -> None:
@@ -184,13 +128,6 @@ def test_a_task_that_is_tested_and_breaks_down_at_once_is_not_left_out() -> None
     ):
         with pytest.raises(ValueError, match=rf"tested: expected a bool tensor of shape \(3,\), got {got}"):
             metrics.average_score(ACCURACY, tested=wrong)
-
-
-def test_labels_of_another_shape_are_not_broadcast() -> None:
-    label = torch.tensor([0, 1, 1])
-    for predicted in (label.unsqueeze(-1), label[:1], label[0]):
-        with pytest.raises(ValueError, match=r"target: expected shape .*, as predicted has, got \(3,\)"):
-            metrics.accuracy(predicted, label)
 
 
 def test_a_matrix_is_a_tensor() -> None:
