@@ -105,7 +105,8 @@ def probit_pairs(mean: Tensor, covariance: Tensor) -> Tensor:
         covariance: C, ``(*batch, K, K)``.
 
     Returns:
-        ``(*batch, K)``; the same as the mean, up to a constant, where all noise is shared.
+        ``(*batch, K)``; the same as the mean, up to a constant, where all noise is shared. A class whose mean is minus
+        infinity is forbidden: it has minus infinity, and the others are what they are without it.
 
     Example:
         >>> probit_pairs(torch.tensor([3.0, 0.0]), 9 * torch.ones(2, 2)).softmax(-1), torch.tensor(3.0).sigmoid()
@@ -114,8 +115,11 @@ def probit_pairs(mean: Tensor, covariance: Tensor) -> Tensor:
     centre, wide = widened(mean), widened(covariance)
     variance = wide.diagonal(dim1=-1, dim2=-2)
     spread = (variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * wide).clamp_min(0)
-    gap = (centre.unsqueeze(-1) - centre.unsqueeze(-2)) / (1 + math.pi / 8 * spread).sqrt()
-    return -(-gap).logsumexp(-1)
+    forbidden = centre == -math.inf
+    known = centre.masked_fill(forbidden, 0.0)
+    gap = (known.unsqueeze(-1) - known.unsqueeze(-2)) / (1 + math.pi / 8 * spread).sqrt()
+    odds = (-gap).masked_fill(forbidden.unsqueeze(-2), -math.inf)
+    return (-odds.logsumexp(-1)).masked_fill(forbidden, -math.inf)
 
 
 def widened(value: Tensor) -> Tensor:

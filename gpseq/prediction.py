@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,16 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
 from gpytorch.models import GP
 from gpytorch.models.deep_gps import DeepGP
+from gpytorch.models.model_list import AbstractModelList
+from linear_operator import LinearOperator
+from linear_operator.operators import RootLinearOperator, SumLinearOperator
 from torch import Tensor, distributions, nn
 
-from gpseq.checks import check_count
-from gpseq.nn.generator import use_generator
+from gpseq.checks import check_count, stacklevel_outside
+from gpseq.nn.generator import undisturbed, use_generator
+from gpseq.nn.projection import ProjectedAttention
 from gpseq.predictive import Predictive
+from gpseq.variational.whitened_points import WhitenedPointsStrategy
 
 #: What :func:`predict` can do.
 METHODS = ("sample", "moments")
@@ -33,8 +39,9 @@ def predict(
     batch_size: int | None = None,
     likelihood: Likelihood | None = None,
     *,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     shared: Sequence[str] = (),
+    batched: Sequence[str] = (),
     **inputs: Any,
 ) -> Predictive:
     r"""Predict with a model, whatever it is.
@@ -45,12 +52,14 @@ def predict(
     ``conditional(x, **inputs) -> (mean, covariance)`` what that returns.
 
     The model is in eval mode meanwhile, and every submodule is in its own mode again at the end. Gradients flow unless
-    the caller turned them off.
+    the caller turned them off. What the layers of ``gpseq.nn`` and the strategies of sparse-GP attention remember of
+    the call before stays, and so does their divergence.
 
     Args:
-        model: a GPyTorch model, or anything whose call gives a ``MultivariateNormal``; or a module that returns logits
-            or values ``(B, ..., E)`` as a tensor, first in a tuple, as ``logits`` of a mapping or an object, or as a
-            ``Normal`` or ``Categorical``.
+        model: a GPyTorch model, a ``StreamingEnsemble`` (its members' draws by weight, or their mixture's moments), or
+            anything whose call gives a ``MultivariateNormal``; or a module that returns logits or values
+            ``(B, ..., E)`` as a tensor, first in a tuple, as ``logits`` of a mapping or an object, or as a ``Normal``
+            or ``Categorical``.
         x: a tensor, or a mapping of arguments, ``model(**x)``.
         method: ``"sample"`` or ``"moments"``.
         num_samples: S, number of draws.
@@ -59,9 +68,14 @@ def predict(
         batch_size: elements of the batch at a time, before they are repeated; ``None`` takes all at once. The draws
             are others then. Not for Gaussian processes, which are joint over the points.
         likelihood: a Gaussian one of GPyTorch, whose noise variances become the prediction's ``noise``.
-        batch_dim: batch dimension of the inputs and the output; 1 for sequence-first models. Masks with torch's names
+        batch_dim: batch dimension of the inputs and the output; ``None`` is 0. It is 1 for models whose inputs are
+            ``(T, B, E)``, which attention and recurrent layers take unless they are made with ``batch_first=True``:
+            with 0 there, sequences would be joined into longer ones. A model that is such a layer is checked, and so
+            is a ``Sequential`` that begins with one; where one lies deeper, ``None`` warns. Masks with torch's names
             (those that end in ``padding_mask``, and those below) have the batch first always.
         shared: names of inputs that all elements of the batch share.
+        batched: names of inputs that are repeated with x, where the rules below say otherwise: a padding mask
+            ``(B, T)`` with the name ``mask`` where B is T.
         inputs: further arguments of the model. Tensors of size B along the batch dimension are repeated with x, all
             else is handed on as it is. Square matrices with torch's names of masks on pairs of positions
             (``attn_mask``, ``mask``, ``src_mask``, ``tgt_mask``, ``memory_mask``) are shared even where B is their
@@ -74,7 +88,8 @@ def predict(
 
     Raises:
         TypeError: the model, its output, x or the likelihood is of a kind that this cannot handle.
-        ValueError: an unknown method, x without elements, or sizes that do not fit.
+        ValueError: an unknown method, x without elements, sizes that do not fit, or a ``batch_dim`` that is not that of
+            the layer.
 
     Example:
         >>> predict(nn.Linear(3, 2), torch.zeros(5, 3))
@@ -86,14 +101,23 @@ def predict(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
     if isinstance(model, DeepGP):
         raise TypeError("model: expected one layer, or modules of gpseq.nn, got a DeepGP, whose call draws by itself.")
+    if isinstance(model, AbstractModelList):
+        raise TypeError(f"model: expected one model, got {type(model).__name__}; predict with each of its models.")
     check_count("num_samples", num_samples)
-    check_count("batch_dim", batch_dim, least=0)
+    axis = 0 if batch_dim is None else check_count("batch_dim", batch_dim, least=0)
     if batch_size is not None:
         check_count("batch_size", batch_size)
     _check_likelihood(likelihood)
-    call = _Call.of(x, inputs, batch_dim, (shared,) if isinstance(shared, str) else tuple(shared))
-    with _in_eval(model), use_generator(model, generator):
-        if isinstance(model, GP):
+    call = _Call.of(x, inputs, axis, _names("shared", shared), _names("batched", batched))
+    _check_layout(model, call, batch_dim)
+    # Imported here, because most models need no stream.
+    from gpseq.models.ensemble import StreamingEnsemble
+
+    with undisturbed(model), _remembering(model), _in_eval(model), use_generator(model, generator):
+        if isinstance(model, StreamingEnsemble):
+            members = [_from_process(call.run(member), batch_size, likelihood) for member in model.members]
+            result = _mixture(members, model.weights, num_samples if method == "sample" else None, generator)
+        elif isinstance(model, GP):
             result = _from_process(call.run(model), batch_size, likelihood)
         elif method == "sample":
             result = _draw(model, call, num_samples, batch_size, likelihood)
@@ -112,6 +136,7 @@ class _Call:
 
     Attributes:
         first: x, where it is a tensor.
+        lead: name of the input that has the batch's size, ``None`` for x.
         named: all others.
         axes: for ``None`` (x) and each name that follows the batch: its batch dimension.
         size: B.
@@ -119,13 +144,14 @@ class _Call:
     """
 
     first: Tensor | None
+    lead: str | None
     named: dict[str, Any]
     axes: dict[str | None, int]
     size: int
     batch_dim: int
 
     @classmethod
-    def of(cls, x: Any, inputs: dict[str, Any], batch_dim: int, shared: tuple[str, ...]) -> _Call:
+    def of(cls, x: Any, inputs: dict[str, Any], batch_dim: int, shared: set[str], batched: set[str]) -> _Call:
         """Find out which arguments follow the batch."""
         if isinstance(x, Tensor):
             first, named = x, dict(inputs)
@@ -135,16 +161,20 @@ class _Call:
             if twice:
                 raise TypeError(f"inputs: expected each argument once, got {', '.join(twice)} in x as well.")
             first, named = None, {**x, **inputs}
-            others = {*shared, *PAIR_MASKS}
+            others = shared | (set(PAIR_MASKS) - batched)
             tensors = [(key, value) for key, value in x.items() if isinstance(value, Tensor) and key not in others]
             if not tensors:
                 raise TypeError("x: expected a mapping with tensors that are not shared, got none.")
             lead = tensors[0]
         else:
             raise TypeError(f"x: expected a tensor or a mapping of tensors, got {type(x).__name__}.")
-        unknown = sorted(set(shared) - set(named))
-        if unknown:
-            raise ValueError(f"shared: expected names of inputs, got {', '.join(unknown)}, which {_there(named)}.")
+        for argument, names in (("shared", shared), ("batched", batched)):
+            if unknown := sorted(names - set(named)):
+                raise ValueError(
+                    f"{argument}: expected names of inputs, got {', '.join(unknown)}, which {_there(named)}."
+                )
+        if both := sorted(shared & batched):
+            raise ValueError(f"batched: expected names that are not in shared, got {', '.join(both)}.")
         name, value = lead
         axis = _axis(name, batch_dim)
         if value.dim() <= axis or value.numel() == 0 or value.shape[axis] == 0:
@@ -155,9 +185,18 @@ class _Call:
         size = value.shape[axis]
         axes: dict[str | None, int] = {name: axis}
         for key, other in named.items():
-            if isinstance(other, Tensor) and key not in shared and _follows(key, other, size, batch_dim):
-                axes[key] = _axis(key, batch_dim)
-        return cls(first, named, axes, size, batch_dim)
+            place = _axis(key, batch_dim)
+            if key in batched:
+                if not isinstance(other, Tensor) or other.dim() <= place or other.shape[place] % size:
+                    got = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+                    raise ValueError(
+                        f"batched: expected {key} to be a tensor with {size} elements along dimension {place}, got "
+                        f"{got}."
+                    )
+                axes[key] = place
+            elif isinstance(other, Tensor) and key not in shared and _follows(key, other, size, batch_dim):
+                axes[key] = place
+        return cls(first, name, named, axes, size, batch_dim)
 
     def run(self, function: Callable[..., Any]) -> Any:
         """Call a function with the arguments."""
@@ -192,7 +231,7 @@ class _Call:
 
         first = None if self.first is None else change(self.first, self.axes[None])
         named = {k: change(v, self.axes[k]) if k in self.axes else v for k, v in self.named.items()}
-        return _Call(first, named, self.axes, size, self.batch_dim)
+        return _Call(first, self.lead, named, self.axes, size, self.batch_dim)
 
 
 def _axis(name: str | None, batch_dim: int) -> int:
@@ -213,6 +252,54 @@ def _follows(name: str, value: Tensor, size: int, batch_dim: int) -> bool:
 
 def _there(named: Mapping[str, Any]) -> str:
     return f"are not among {', '.join(sorted(named))}" if named else "are not there: there are no inputs"
+
+
+def _names(argument: str, names: Any) -> set[str]:
+    """Names of inputs, one or several."""
+    several = (names,) if isinstance(names, str) else names
+    if not isinstance(several, Collection) or not all(isinstance(name, str) for name in several):
+        raise TypeError(f"{argument}: expected names of inputs, got {names!r}.")
+    return set(several)
+
+
+def _batch_first(module: nn.Module) -> bool | None:
+    """Whether a layer takes ``(B, T, E)`` or ``(T, B, E)``; ``None`` for a module that says nothing about it."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder | nn.Sequential):
+        inside = module if isinstance(module, nn.Sequential) else module.layers
+        return _batch_first(inside[0]) if len(inside) else None
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return _batch_first(module.self_attn)
+    if isinstance(module, nn.MultiheadAttention | nn.Transformer | nn.RNNBase | ProjectedAttention):
+        return bool(module.batch_first)
+    return None
+
+
+def _check_layout(model: nn.Module, call: _Call, batch_dim: int | None) -> None:
+    """Whether the batch is where layers on sequences have it: repeating along another dimension joins sequences."""
+    batch_first = _batch_first(model)
+    if batch_first is not None:
+        expected = 0 if batch_first else 1
+        if call.batch_dim != expected:
+            shape = "(B, T, E)" if batch_first else "(T, B, E)"
+            raise ValueError(
+                f"batch_dim: expected {expected}, as the model takes {shape} (batch_first={batch_first}), got "
+                f"{call.batch_dim}."
+            )
+        lead = call.first if call.lead is None else call.named[call.lead]
+        if lead is not None and lead.dim() == 2 and lead.is_floating_point():
+            where = "x" if call.lead is None else f"x[{call.lead!r}]"
+            raise ValueError(
+                f"{where}: expected a batch of sequences, as the model would take {tuple(lead.shape)} for one sequence "
+                f"without a batch; give x.unsqueeze({expected})."
+            )
+    elif batch_dim is None and any(_batch_first(module) is False for module in model.modules()):
+        warnings.warn(
+            f"model: {type(model).__name__} has layers inside that take sequences first (batch_first=False), and "
+            "batch_dim is not given; say batch_dim=1 if the model's inputs are (T, B, ...), or batch_dim=0 if they are "
+            "(B, T, ...).",
+            UserWarning,
+            stacklevel=stacklevel_outside(),
+        )
 
 
 def _draw(
@@ -248,14 +335,51 @@ def _conditional(model: nn.Module, call: _Call, batch_size: int | None, likeliho
         )
     results = []
     for piece in call.pieces(batch_size):
-        mean, covariance = piece.run(model.conditional)  # type: ignore[arg-type]
-        # A tensor of the shape of the mean has the variances only.
-        is_variance = isinstance(covariance, Tensor) and covariance.shape == mean.shape
+        mean, covariance = _moments(piece.run(model.conditional))  # type: ignore[arg-type]
         noise = None if likelihood is None else _noise(likelihood, mean)
-        moments = {"variance" if is_variance else "covariance": covariance}
-        results.append(Predictive.from_moments(mean, noise=noise, **moments))
+        results.append(Predictive.from_moments(mean, covariance, noise=noise))
         axis = _output_axis(mean, piece.size, piece.batch_dim)
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
+
+
+def _moments(given: Any) -> tuple[Tensor, Tensor | LinearOperator]:
+    """What ``conditional`` returned, checked."""
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise TypeError(f"conditional: expected it to return (mean, covariance), got {type(given).__name__}.")
+    mean, covariance = given
+    if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.dim() == 0:
+        got = f"{mean.dtype} of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+        raise TypeError(f"conditional: expected a mean that is a floating-point tensor (..., E), got {got}.")
+    if not isinstance(covariance, Tensor | LinearOperator):
+        raise TypeError(f"conditional: expected a covariance (..., E, E), got {type(covariance).__name__}.")
+    if covariance.dim() < 2 or covariance.shape[-2:] != (mean.shape[-1], mean.shape[-1]):
+        raise ValueError(
+            f"conditional: expected a covariance (..., {mean.shape[-1]}, {mean.shape[-1]}) beside a mean of shape "
+            f"{tuple(mean.shape)}, got {tuple(covariance.shape)}; variances come as a DiagLinearOperator."
+        )
+    return mean, covariance
+
+
+def _mixture(
+    members: list[Predictive], weights: Tensor, num_samples: int | None, generator: torch.Generator | None
+) -> Predictive:
+    """A mixture of Gaussians: draws from members that are drawn by weight, or its first two moments."""
+    weights = weights.to(members[0].dtype)
+    noises = [member.noise for member in members if member.noise is not None]
+    if num_samples is not None:
+        chosen = torch.multinomial(weights.detach(), num_samples, replacement=True, generator=generator)
+        samples = members[0].mean.new_empty(num_samples, *members[0].mean.shape)
+        for number in chosen.unique().tolist():
+            which = (chosen == number).nonzero().squeeze(-1)
+            samples = samples.index_copy(0, which, members[number].rsample(len(which), generator))
+        noise = torch.stack(noises)[chosen] if noises else None
+        return Predictive.from_samples(samples, noise=noise)
+    means = torch.stack([member.mean for member in members])
+    mean = torch.einsum("e,e...->...", weights, means)
+    root = ((means - mean) * weights.sqrt().view(-1, *[1] * mean.dim())).movedim(0, -1)
+    within = [member.covariance * weight for member, weight in zip(members, weights, strict=True)]
+    covariance = SumLinearOperator(*within, RootLinearOperator(root))  # by name: `+` would evaluate some of them
+    return Predictive.from_moments(mean, covariance, noise=noises[0] if noises else None)
 
 
 def _from_process(output: Any, batch_size: int | None, likelihood: Likelihood | None) -> Predictive:
@@ -337,6 +461,21 @@ def _noise(likelihood: Likelihood, values: Tensor) -> Tensor:
             f"{likelihood.noise.shape[-1]}; Predictive.from_distribution(model(x), noise=) takes any."
         )
     return likelihood(values).variance.expand(values.shape)
+
+
+@contextmanager
+def _remembering(model: nn.Module) -> Iterator[None]:
+    """Strategies that know the divergence of their last call know that of the call before, as layers do."""
+    before = [
+        (module, module._last, module._brought)
+        for module in model.modules()
+        if isinstance(module, WhitenedPointsStrategy)
+    ]
+    try:
+        yield
+    finally:
+        for strategy, last, brought in before:
+            strategy._last, strategy._brought = last, brought
 
 
 @contextmanager

@@ -13,7 +13,18 @@ from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
 from gpseq.checks import check_count, check_floating
-from gpseq.logits import entropy, log_mean_exp, log_softmax, probit, probit_pairs
+from gpseq.logits import entropy, log_mean_exp, log_softmax, probit, probit_pairs, widened
+from gpseq.prediction_checks import (
+    broadcast,
+    check_dim,
+    check_event_dim,
+    check_generator,
+    check_index,
+    check_like,
+    check_noise,
+    check_parts,
+    check_scores,
+)
 from gpseq.spread import Spread
 
 #: Draws from a Gaussian where class probabilities are averaged over them.
@@ -31,8 +42,7 @@ class Predictive:
     stands beside it, and only :meth:`log_prob` looks at it: the variance of y is ``variance + noise``.
 
     Make one with :meth:`from_samples`, :meth:`from_moments` or :meth:`from_distribution`. Gradients flow through
-    everything. Probabilities, entropies and the log probabilities of labels are in float32 where f is in half
-    precision.
+    everything. Probabilities, entropies and log probabilities are in float32 where f is in half precision.
 
     Attributes:
         samples: draws, ``(S, *batch, *event)``; ``None`` for a Gaussian.
@@ -86,12 +96,12 @@ class Predictive:
             Predictive(samples=10, batch_shape=(8,), event_shape=(3,), dtype=float32, device=cpu)
         """
         draws = check_floating("samples", samples)
-        _check_event_dim(event_dim)
+        check_event_dim(event_dim)
         if draws.dim() < 1 + event_dim or len(draws) == 0:
             expected = f"shape (S, *batch, {'E' if event_dim == 1 else 'n, t'}) with S at least 1"
             raise ValueError(f"samples: expected {expected}, got {tuple(draws.shape)}.")
         batch = draws.shape[1 : draws.dim() - event_dim]
-        return cls(draws, _check_noise(noise, draws), _check_scores(scores, batch), event_dim)
+        return cls(draws, check_noise(noise, draws), check_scores(scores, batch), event_dim)
 
     @classmethod
     def from_moments(
@@ -118,8 +128,9 @@ class Predictive:
             The prediction.
 
         Raises:
-            TypeError: the mean is no floating-point tensor.
-            ValueError: shapes that do not fit, a negative variance, or not exactly one of covariance and variance.
+            TypeError: the mean is no floating-point tensor, or the covariance has not its dtype.
+            ValueError: shapes that do not fit, a variance that is negative or NaN, or not exactly one of covariance
+                and variance.
 
         Example:
             >>> p = Predictive.from_moments(torch.zeros(4, 3), variance=torch.ones(3))
@@ -127,7 +138,7 @@ class Predictive:
             tensor([-2.7568, -2.7568, -2.7568, -2.7568])
         """
         centre = check_floating("mean", mean)
-        _check_event_dim(event_dim)
+        check_event_dim(event_dim)
         if centre.dim() < event_dim:
             raise ValueError(f"mean: expected at least {event_dim} dimensions, got shape {tuple(centre.shape)}.")
         if (covariance is None) == (variance is None):
@@ -136,16 +147,16 @@ class Predictive:
             )
         shape = centre.shape
         if variance is not None:
-            variances = _broadcast("variance", check_floating("variance", variance), shape)
-            if (variances < 0).any():
+            variances = broadcast("variance", check_floating("variance", variance), shape)
+            check_like("variance", variances, centre)
+            if not (variances >= 0).all():
                 raise ValueError(f"variance: expected numbers that are not negative, got {float(variances.min())}.")
             covariance = DiagLinearOperator(variances.reshape(*shape[: len(shape) - event_dim], -1))
         assert covariance is not None
         size = math.prod(shape[len(shape) - event_dim :])
         if not isinstance(covariance, LinearOperator):
             covariance = check_floating("covariance", covariance)
-            if covariance.dtype != centre.dtype:
-                raise TypeError(f"covariance: expected {centre.dtype}, as the mean has, got {covariance.dtype}.")
+        check_like("covariance", covariance, centre)
         if covariance.dim() < 2 or covariance.shape[-2:] != (size, size):
             raise ValueError(
                 f"covariance: expected shape (*batch, {size}, {size}) beside a mean of shape {tuple(shape)}, got "
@@ -161,7 +172,7 @@ class Predictive:
         centre = centre.expand(*batch, *shape[len(shape) - event_dim :])
         spread = Spread.of(covariance).expand(batch)
         return cls(
-            None, _check_noise(noise, centre), _check_scores(scores, batch), event_dim, _mean=centre, _spread=spread
+            None, check_noise(noise, centre), check_scores(scores, batch), event_dim, _mean=centre, _spread=spread
         )
 
     @classmethod
@@ -196,6 +207,8 @@ class Predictive:
                 f"{type(distribution).__name__}."
             )
         event_dim = len(distribution.event_shape)
+        if covariance.dtype != distribution.mean.dtype:  # what a lazy kernel says is the dtype of its parameters
+            covariance = covariance.to_dense().to(distribution.mean.dtype)
         made = cls.from_moments(distribution.mean, covariance, noise=noise, scores=scores, event_dim=event_dim)
         object.__setattr__(made, "_interleaved", event_dim == 1 or bool(getattr(distribution, "_interleaved", True)))
         return made
@@ -293,6 +306,7 @@ class Predictive:
             torch.Size([5, 4, 3])
         """
         check_count("n", n)
+        check_generator(generator)
         if self.samples is not None:
             chosen = torch.randint(len(self.samples), (n,), generator=generator, device=self.device)
             return self.samples[chosen]
@@ -317,6 +331,8 @@ class Predictive:
         - Gaussian: :math:`\log N(y \mid m, C + \text{noise})`;
         - draws with noise: :math:`\log \tfrac1S \sum_s N(y \mid f_s, \text{noise}_s)`;
         - draws without noise: the Gaussian with their moments, which needs more draws than numbers in an event.
+
+        Densities are computed in float64, and come in float32 where f is in half precision.
 
         Args:
             y: labels in an integer dtype or bool, ``(*batch,)``, or ``(*batch, n)`` for events ``(n, K)``; 0 or 1 where
@@ -359,7 +375,7 @@ class Predictive:
             squared = (y.double() - self.samples.double()).square() / white
             densities = -0.5 * (squared + white.log() + math.log(2 * math.pi))
             events = tuple(range(-self.event_dim, 0))
-            return (densities.sum(events).logsumexp(0) - math.log(len(self.samples))).to(self.dtype)
+            return (densities.sum(events).logsumexp(0) - math.log(len(self.samples))).to(widened(self._like).dtype)
         size = self.event_shape.numel()
         if self.samples is not None and len(self.samples) <= size:
             raise ValueError(
@@ -367,7 +383,9 @@ class Predictive:
                 f"{len(self.samples)}; give noise, or take pointwise()."
             )
         noise = None if self.noise is None else self._flatten(self.noise)
-        return self._moments().log_density(self._flatten(y.to(self.dtype) - self.mean), noise)
+        exact = self._map(Tensor.double) if self.samples is not None else self
+        residual = self._flatten(y.double() - exact.mean.double())
+        return exact._moments().log_density(residual, noise).to(widened(self._like).dtype)
 
     # Classes
 
@@ -493,8 +511,8 @@ class Predictive:
         )
 
     def __getitem__(self, index: Any) -> Predictive:
-        """Part of the batch: integers, slices, tensors of indices, boolean masks and ``...``, as for tensors."""
-        entries, basic = _check_index(index, self.batch_shape)
+        """Part of the batch: integers, slices, tensors, arrays or lists of them, masks and ``...``, as for tensors."""
+        entries, basic = check_index(index, self.batch_shape)
 
         def take(value: Tensor) -> Tensor:
             return value[entries]
@@ -510,14 +528,15 @@ class Predictive:
         """Predictions for several batches as one.
 
         Args:
-            predictions: of one kind, with the same event, number of draws, names of scores and dtype; either all with
-                noise or none.
+            predictions: of one kind, with the same event, number of draws, names of scores, dtype and device; either
+                all with noise or none.
             dim: batch dimension along which they follow one another; negative ones count from the last.
 
         Returns:
             The prediction.
 
         Raises:
+            TypeError: one is no prediction, or dim is no integer.
             ValueError: they do not fit.
             IndexError: there is no such dimension.
 
@@ -526,20 +545,16 @@ class Predictive:
             >>> Predictive.cat([p[:5], p[5:]])
             Predictive(samples=10, batch_shape=(8,), event_shape=(3,), dtype=float32, device=cpu)
         """
-        parts = list(predictions)
-        if not parts:
-            raise ValueError("predictions: expected at least one, got none.")
+        parts = check_parts(predictions, cls)
         first = parts[0]
-        rank = len(first.batch_shape)
-        if not -rank <= dim < rank:
-            raise IndexError(f"dim: expected one of {rank} batch dimensions, got {dim}.")
-        dim %= rank
+        dim = check_dim(dim, len(first.batch_shape))
         for number, part in enumerate(parts[1:], start=1):
             for what, one, other in (
                 ("kind", first._kind, part._kind),
                 ("event shape", tuple(first.event_shape), tuple(part.event_shape)),
                 ("batch shape elsewhere", _without(first.batch_shape, dim), _without(part.batch_shape, dim)),
                 ("dtype", first.dtype, part.dtype),
+                ("device", first.device, part.device),
                 ("noise", first.noise is not None, part.noise is not None),
                 ("scores", sorted(first.scores), sorted(part.scores)),
             ):
@@ -658,6 +673,7 @@ class Predictive:
         return value.unflatten(-1, (n, t)) if self._interleaved else value.unflatten(-1, (t, n)).mT
 
     def _normals(self, n: int, batch: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        check_generator(generator)
         assert self._spread is not None
         size = (n, *batch, self._spread.width)
         return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
@@ -705,61 +721,6 @@ class Predictive:
             return self.pointwise()._log_probs(method, None, None)
         assert self._spread is not None
         return log_softmax(probit_pairs(self.mean, self._spread.dense))
-
-
-def _check_event_dim(event_dim: Any) -> None:
-    if event_dim not in (1, 2):
-        raise ValueError(f"event_dim: expected 1 or 2, got {event_dim!r}.")
-
-
-def _broadcast(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    try:
-        return value.expand(shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(value.shape)}."
-        ) from error
-
-
-def _check_noise(noise: Any, like: Tensor) -> Tensor | None:
-    if noise is None:
-        return None
-    value = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
-    if not (value >= 0).all():
-        raise ValueError("noise: expected variances that are not negative, got some that are, or NaN.")
-    return _broadcast("noise", value, like.shape)
-
-
-def _check_scores(scores: Mapping[str, Tensor] | None, batch: torch.Size) -> Mapping[str, Tensor]:
-    for name, score in (scores or {}).items():
-        if not isinstance(score, Tensor) or score.shape[: len(batch)] != batch:
-            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise ValueError(f"scores[{name!r}]: expected a tensor of shape {(*batch, ...)}, got {got}.")
-    return MappingProxyType(dict(scores or {}))
-
-
-def _check_index(index: Any, batch: torch.Size) -> tuple[tuple[Any, ...], bool]:
-    """One entry for each batch dimension (masks take several), and whether all are integers or slices."""
-    rank = len(batch)
-    entries = list(index) if isinstance(index, tuple) else [index]
-    used, dots = 0, None
-    for place, entry in enumerate(entries):
-        if entry is Ellipsis:
-            if dots is not None:
-                raise IndexError("index: expected at most one '...', got several.")
-            dots = place
-            continue
-        if isinstance(entry, list):
-            entry = entries[place] = torch.tensor(entry)
-        is_number = isinstance(entry, int) and not isinstance(entry, bool)
-        if not is_number and not isinstance(entry, slice | Tensor):
-            raise IndexError(f"index: expected integers, slices, tensors, masks or '...', got {entry!r}.")
-        used += entry.dim() if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
-    if used > rank:
-        raise IndexError(f"index: a batch of shape {tuple(batch)} takes at most {rank}, got {used}.")
-    filling = [slice(None)] * (rank - used)
-    entries = [*entries, *filling] if dots is None else [*entries[:dots], *filling, *entries[dots + 1 :]]
-    return tuple(entries), not any(isinstance(entry, Tensor) for entry in entries)
 
 
 def _without(batch: torch.Size, dim: int) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from linear_operator import to_linear_operator
+from linear_operator import settings, to_linear_operator
 from linear_operator.operators import (
     DenseLinearOperator,
     DiagLinearOperator,
@@ -19,8 +20,10 @@ from linear_operator.operators import (
     SumLinearOperator,
 )
 from linear_operator.utils.errors import NotPSDError
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
+from gpseq.checks import stacklevel_outside
 from gpseq.linalg import cholesky, default_jitter
 
 
@@ -52,6 +55,9 @@ class Spread:
 
         Returns:
             The spread.
+
+        Raises:
+            ValueError: a diagonal has NaN, or numbers that are clearly negative.
         """
         if isinstance(covariance, Tensor):
             return cls(matrix=covariance)
@@ -65,13 +71,26 @@ class Spread:
         size = covariance.shape[-1]
         diagonal = torch.stack([d.expand(*batch, size) for d in diagonals]).sum(0) if diagonals else None
         root = torch.cat([r.expand(*batch, *r.shape[-2:]) for r in roots], dim=-1) if roots else None
+        if diagonal is not None:
+            if diagonal.isnan().any():
+                raise ValueError("covariance: expected numbers on its diagonal, got NaN.")
+            try:
+                diagonal = not_negative(diagonal)
+            except NotPSDError as error:
+                if root is not None:  # what a root is reduced by; only the whole can say whether it is a covariance
+                    return cls(matrix=covariance)
+                raise ValueError(str(error)) from error
         return cls(diagonal, root)
 
     @property
     def variance(self) -> Tensor:
-        """Its diagonal, ``(*batch, E)``."""
+        """Its diagonal, ``(*batch, E)``; numbers that rounding has made negative are 0.
+
+        Raises:
+            NotPSDError: some are clearly negative.
+        """
         if self.matrix is not None:
-            return self.matrix.diagonal(dim1=-1, dim2=-2)
+            return not_negative(self.matrix.diagonal(dim1=-1, dim2=-2))
         parts = [] if self.diagonal is None else [self.diagonal]
         if self.root is not None:
             parts.append(self.root.square().sum(-1))
@@ -282,29 +301,78 @@ def _times(root: Tensor, normals: Tensor) -> Tensor:
     return (root @ normals.movedim(0, -1)).movedim(-1, 0)
 
 
+def not_negative(variance: Tensor) -> Tensor:
+    """Variances, with 0 in place of those that rounding has made negative; NaN stays.
+
+    Raises:
+        NotPSDError: some are clearly negative.
+    """
+    negative = variance < 0
+    if not negative.any():
+        return variance
+    least = variance[negative].min()
+    if least < -_rounding(variance.dtype, variance[~variance.isnan()].max()):
+        raise NotPSDError(f"covariance: expected variances that are not negative, got {float(least):.3g}.")
+    return variance.clamp_min(0)
+
+
+def _rounding(dtype: torch.dtype, top: Tensor) -> Tensor:
+    """How far below 0 rounding may bring what should not be negative, beside a largest value.
+
+    A posterior is a difference of numbers on the scale of the prior, so its rounding knows nothing of its own scale:
+    the absolute bound is the largest jitter with which GPyTorch would factor it, by its settings 1e-4 in float32, and
+    in anything shorter, and 1e-6 in float64.
+    """
+    known = dtype if dtype == torch.float64 else torch.float32
+    absolute = settings.cholesky_jitter.value(known) * 10.0 ** (settings.cholesky_max_tries.value() - 1)
+    return (_relative(dtype) * top).clamp_min(absolute)
+
+
+def _relative(dtype: torch.dtype) -> float:
+    """What is negligible beside the largest value."""
+    return max(1e-3, 4 * torch.finfo(dtype).eps)
+
+
 def _square_root(variance: Tensor) -> Tensor:
-    """A root whose gradient is 0, and not NaN, where the variance is 0."""
-    positive = variance > 0
-    return torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+    """A root whose gradient is 0, and not NaN, where the variance is 0; of NaN it is NaN."""
+    zero = variance <= 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, variance).sqrt())
 
 
 def _root_of(matrix: Tensor) -> Tensor:
-    """A root in float64 of a covariance that may be singular up to the rounding of its own dtype."""
+    """A root in float64 of a covariance that may be singular, or negative by the rounding of its own dtype."""
     covariance = matrix.double()
-    jitter = default_jitter(matrix.dtype)
-    if covariance.requires_grad:  # eigenvectors of repeated eigenvalues have no gradient
-        return cholesky(covariance, jitter)[0]
     scale = covariance.diagonal(dim1=-1, dim2=-2).mean(-1)
-    raised = covariance + torch.diag_embed((jitter * scale).unsqueeze(-1).expand(covariance.shape[:-1]))
+    raised = covariance + torch.diag_embed(
+        (default_jitter(matrix.dtype) * scale).unsqueeze(-1).expand(matrix.shape[:-1])
+    )
     factor, info = torch.linalg.cholesky_ex(raised)
     if not info.any() and factor.isfinite().all():
         return factor
     if not covariance.isfinite().all():
         raise ValueError(f"covariance: expected finite numbers, got some that are not, in shape {tuple(matrix.shape)}.")
-    values, vectors = torch.linalg.eigh(covariance)
-    if (values[..., 0] < -1e-3 * values[..., -1].clamp_min(0)).any():
-        raise NotPSDError(f"covariance of shape {tuple(matrix.shape)} has eigenvalues that are clearly negative.")
-    return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(covariance.detach())
+    least, top = values[..., 0], values[..., -1].clamp_min(0)
+    if (least < -_rounding(matrix.dtype, top)).any():
+        raise NotPSDError(
+            f"covariance of shape {tuple(matrix.shape)} has eigenvalues that are clearly negative, down to "
+            f"{float(least.min()):.3g}."
+        )
+    if (least < -_relative(matrix.dtype) * top).any():
+        warnings.warn(
+            f"covariance of shape {tuple(matrix.shape)} has negative eigenvalues down to {float(least.min()):.1g}, by "
+            f"rounding in {matrix.dtype}; draws are from the nearest covariance.",
+            NumericalWarning,
+            stacklevel=stacklevel_outside(),
+        )
+    if not covariance.requires_grad:
+        return vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    # Eigenvectors of repeated eigenvalues have no gradient: they only mend what the Cholesky factor is made of.
+    nothing = top <= 0  # a covariance of zeros has a root of zeros, and no gradient, as a variance has
+    floor = torch.where(nothing, 1.0, default_jitter(matrix.dtype) * torch.maximum(scale.detach(), top)).unsqueeze(-1)
+    missing = (floor - values).clamp_min(0)
+    mended = covariance + (vectors * missing.unsqueeze(-2)) @ vectors.mT
+    return cholesky(mended, jitter=0.0)[0].masked_fill(nothing[..., None, None], 0.0)
 
 
 def _parts(operator: LinearOperator) -> tuple[list[Tensor], list[Tensor]] | None:

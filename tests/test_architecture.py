@@ -22,7 +22,7 @@ MATHEMATICS = {"linalg", "hippo", "sgpa"}  # pure functions on tensors
 FLOORS = [
     MATHEMATICS
     | {"kernels", "likelihoods", "predictive", "metrics", "plots", "storage", "training", "datasets"}
-    | {"checks", "precision", "sampling", "logits", "spread"},
+    | {"checks", "precision", "sampling", "logits", "spread", "prediction_checks"},
     {"features", "variational", "mlls"},
     {"models", "nn", "propagation", "reconfiguration", "generative", "continual", "distributed"},
     {"cli", "stream_run", "stream_setup", "prediction", "testing", "integrations"},

@@ -45,3 +45,22 @@ def test_what_has_no_probabilities_is_refused():
         with pytest.raises(ValueError, match=r"logits: expected numbers, .* in 1 of 2 elements"):
             logits.log_softmax(values)
     torch.testing.assert_close(logits.log_softmax(torch.tensor([-math.inf, 0.0])).exp(), torch.tensor([0.0, 1.0]))
+
+
+def test_a_forbidden_class_is_as_if_it_were_not_there(dtype):
+    mean, root = torch.randn(5, 4, dtype=dtype), torch.randn(5, 4, 4, dtype=dtype)
+    covariance = root @ root.mT
+    kept = torch.tensor([0, 1, 3])
+    mean[:, 2] = -math.inf
+    mean.requires_grad_()
+    pairs = logits.probit_pairs(mean, covariance)
+    assert (pairs[:, 2] == -math.inf).all()
+    expected = logits.probit_pairs(mean[:, kept], covariance[:, kept][:, :, kept])
+    torch.testing.assert_close(pairs[:, kept], expected)
+    pairs[:, kept].square().sum().backward()
+    assert mean.grad.isfinite().all() and (mean.grad[:, 2] == 0).all()
+    for allowed in ([1], []):  # one class alone, and none
+        alone = torch.full((4,), -math.inf, dtype=dtype)
+        alone[allowed] = 0.3
+        value = logits.probit_pairs(alone, covariance[0])
+        assert (value == -math.inf).sum() == 4 - len(allowed) and not value.isnan().any()

@@ -9,11 +9,13 @@ import pytest
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, MultitaskGaussianLikelihood
+from linear_operator import to_linear_operator
 from linear_operator.operators import DiagLinearOperator, LowRankRootLinearOperator
 from torch import nn
 
 from gpseq.features import HippoFeatures
-from gpseq.models import SpaceTimeStreamingGP, StreamingFleet, StreamingGP
+from gpseq.models import SpaceTimeStreamingGP, StreamingEnsemble, StreamingFleet, StreamingGP
+from gpseq.nn import SGPAttention, kl_divergence
 from gpseq.nn.generator import Draws
 from gpseq.prediction import predict
 from gpseq.predictive import Predictive
@@ -328,7 +330,7 @@ def test_moments_of_a_module_that_offers_them():
             mean = self.linear(x) * scale
             root = torch.ones(*mean.shape, 1)
             return mean, {
-                "variances": mean.square(),
+                "variances": DiagLinearOperator(mean.square()),
                 "dense": root @ root.mT + torch.eye(K),
                 "lazy": LowRankRootLinearOperator(root).add_diagonal(torch.ones(K)),
             }[self.form]
@@ -346,6 +348,145 @@ def test_moments_of_a_module_that_offers_them():
             torch.testing.assert_close(p.noise, torch.full((B, K), math.log(2) + 1e-4))
             p.mean.sum().backward(retain_graph=True)
         assert model.training
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_tensor_is_a_covariance_also_where_it_has_the_shape_of_the_mean(lazy):
+    """One covariance for all elements of a batch of as many as there are outputs."""
+    root = torch.randn(K, K)
+    shared = root @ root.T + torch.eye(K)
+
+    class Source(nn.Module):
+        def conditional(self, x):
+            return x, to_linear_operator(shared) if lazy else shared
+
+    for batch_size in (None, 1):
+        p = predict(Source(), torch.zeros(K, K), "moments", batch_size=batch_size)
+        torch.testing.assert_close(p.covariance.to_dense(), shared.expand(K, K, K))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (lambda x: x, TypeError, r"conditional: expected it to return \(mean, covariance\), got Tensor"),
+        (lambda x: (x, x, x), TypeError, r"conditional: expected it to return \(mean, covariance\), got tuple"),
+        (lambda x: (x.long(), x), TypeError, "conditional: expected a mean .* got torch.int64"),
+        (lambda x: (None, x), TypeError, "conditional: expected a mean .* got NoneType"),
+        (lambda x: (x, 1.0), TypeError, r"conditional: expected a covariance \(..., E, E\), got float"),
+        (lambda x: (x, x.square()), ValueError, r"conditional: .* got \(5, 2\); variances come as a DiagLinearOp"),
+        (lambda x: (x, torch.eye(3)), ValueError, r"conditional: expected a covariance \(..., 2, 2\)"),
+    ],
+)
+def test_what_is_no_conditional_is_named(given, error, message):
+    class Source(nn.Module):
+        def conditional(self, x):
+            return given(x)
+
+    with pytest.raises(error, match=message):
+        predict(Source(), torch.zeros(B, K), "moments")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda first: nn.TransformerEncoderLayer(4, 2, 8, batch_first=first),
+        lambda first: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 8, batch_first=first), 2, enable_nested_tensor=False
+        ),
+        lambda first: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=first), nn.Linear(4, 2)),
+        lambda first: nn.TransformerDecoderLayer(4, 2, 8, batch_first=first),
+        lambda first: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 8, batch_first=first), 1),
+        lambda first: nn.Transformer(4, 2, 1, 1, 8, batch_first=first),
+        lambda first: nn.MultiheadAttention(4, 2, batch_first=first),
+        lambda first: nn.GRU(4, 3, batch_first=first),
+        lambda first: SGPAttention(4, 2, num_inducing=3, batch_first=first),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_sequences_are_not_joined(make, batch_first):
+    """Copies of the batch along the sequence would attend to each other."""
+    model, x = make(batch_first).eval(), torch.randn(3, 5, 4)
+    inputs = {
+        nn.TransformerDecoderLayer: {"memory": x},
+        nn.TransformerDecoder: {"memory": x},
+        nn.Transformer: {"tgt": x},
+        nn.MultiheadAttention: {"key": x, "value": x},
+        SGPAttention: {"key": x, "value": x},
+    }.get(type(model), {})
+    axis = 0 if batch_first else 1
+    if not batch_first:
+        with pytest.raises(ValueError, match=r"batch_dim: expected 1, as the model takes \(T, B, E\) .* got 0"):
+            predict(model, x, **inputs)
+    with pytest.raises(ValueError, match=f"batch_dim: expected {axis}, as the model takes .* got {1 - axis}"):
+        predict(model, x, batch_dim=1 - axis, **inputs)
+    with pytest.raises(ValueError, match=r"x: expected a batch of sequences, .* \(5, 4\) for one sequence"):
+        predict(model, x[0], batch_dim=axis, **dict.fromkeys(inputs, x[0]))
+    p = predict(model, x, num_samples=2, batch_dim=axis, **inputs)
+    assert p.batch_shape == (3, 5)
+    if not isinstance(model, SGPAttention):  # which draws
+        expected = model(x, **inputs)
+        torch.testing.assert_close(p.mean, expected[0] if isinstance(expected, tuple) else expected)
+
+
+def test_sequence_first_layers_inside_a_model_are_pointed_out():
+    class Around(nn.Module):
+        def __init__(self, turns=False, batch_first=False):
+            super().__init__()
+            self.layer, self.turns = nn.TransformerEncoderLayer(D, 1, 8, batch_first=batch_first), turns
+
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1)).transpose(0, 1) if self.turns else self.layer(x)
+
+    x = torch.randn(T, B, D)
+    for model, axis in ((Around(), 1), (Around(turns=True), 0)):
+        with pytest.warns(
+            UserWarning, match="model: Around has layers inside that take sequences first .* batch_dim=1"
+        ):
+            predict(model, x, num_samples=2)
+        p = predict(model, x, num_samples=2, batch_dim=axis)  # no warning: the caller knows
+        torch.testing.assert_close(p.mean, model.eval()(x))
+    assert predict(Around(batch_first=True), x, num_samples=2).batch_shape == (T, B)
+
+
+def test_the_divergence_of_layers_is_that_of_the_call_before():
+    for train in (True, False):
+        model = nn.Sequential(SGPAttentionOnly(), nn.Linear(4, 2)).train(train)
+        model(torch.randn(2, 5, 4))
+        before = kl_divergence(model)
+        p = predict(model, torch.randn(3, 5, 4), num_samples=4)
+        assert p.batch_shape == (3, 5)
+        assert torch.equal(kl_divergence(model), before)
+    untouched = nn.Sequential(SGPAttentionOnly(), nn.Linear(4, 2))
+    predict(untouched, torch.randn(3, 5, 4))
+    with pytest.raises(RuntimeError):
+        kl_divergence(untouched)  # still without a call of its own
+
+
+class SGPAttentionOnly(nn.Module):
+    """Self-attention without the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = SGPAttention(4, 2, num_inducing=3, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_a_padding_mask_with_the_name_of_a_mask_on_pairs():
+    class Pooled(nn.Module):
+        def forward(self, x, mask):
+            return (x * ~mask.unsqueeze(-1)).sum(1)
+
+    x, mask = torch.randn(T, T, D), torch.arange(T) >= torch.arange(1, T + 1).unsqueeze(-1)
+    expected = Pooled()(x, mask)
+    for batch_size in (None, 3):
+        for batched in ("mask", ("mask",)):
+            p = predict(Pooled(), x, num_samples=2, batch_size=batch_size, batched=batched, mask=mask)
+            torch.testing.assert_close(p.mean, expected)
+    p = predict(Pooled(), {"mask": mask, "x": x}, num_samples=2, batched=["mask"])
+    torch.testing.assert_close(p.mean, expected)
 
 
 # Gaussian processes
@@ -447,6 +588,68 @@ def test_draws_of_gaussian_processes_are_joint(name):
     assert p.samples.shape == (20_000, *q.mean.shape)
     torch.testing.assert_close(p.mean, q.mean, atol=0.03, rtol=0)
     torch.testing.assert_close(p.covariance.to_dense(), q.covariance_matrix, atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.filterwarnings("ignore:covariance of shape:linear_operator.utils.warnings.NumericalWarning")
+def test_an_ordinary_exact_gp_in_float32(noise, graph):
+    """Its posterior is smaller than the rounding of its prior."""
+    x = torch.linspace(0, 10, 100)
+    model = Exact(GaussianLikelihood(), x, x.sin())
+    model.likelihood.noise = noise
+    reference = copy.deepcopy(model).double()
+    reference.set_train_data(x.double(), x.double().sin(), strict=False)
+    at = torch.linspace(0.01, 9.99, 100)
+    with torch.set_grad_enabled(graph):
+        p = predict(model, at, num_samples=2000, generator=seeded())
+        q = predict(reference, at.double(), "moments")
+    assert p.samples.isfinite().all() and p.samples.requires_grad == graph
+    # Rounding of the prior, 1e-5 here, is what a variance is off by.
+    assert (p.variance - q.variance).abs().max() < 0.12 * q.variance.max() + 2e-5
+    assert ((p.mean - q.mean).abs() < 0.1 * q.variance.sqrt() + 2e-3).all()
+    if graph:
+        p.samples.square().mean().backward()
+        assert model.covar_module.raw_lengthscale.grad.isfinite().all()
+
+
+def ensemble():
+    made = StreamingEnsemble([member(lengthscale) for lengthscale in (0.5, 0.8, 1.1)])
+    made.update(X, X.sin() + 0.3 * torch.randn(12))
+    made.log_weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    return made
+
+
+def member(lengthscale):
+    kernel = gpytorch.kernels.RBFKernel()
+    kernel.lengthscale = lengthscale
+    return StreamingGP(HippoFeatures(12, horizon=6.0), kernel, GaussianLikelihood())
+
+
+def test_an_ensemble_of_streams_is_a_mixture():
+    model, x = ensemble(), torch.tensor([0.5, 2.2, 7.0])
+    w = model.weights.float()
+    parts = [posterior(member, x) for member in model.members]
+    mean = sum(w_e * q.mean for w_e, q in zip(w, parts, strict=True))
+    second = sum(w_e * (q.covariance_matrix + torch.outer(q.mean, q.mean)) for w_e, q in zip(w, parts, strict=True))
+    p = predict(model, x, "moments")
+    assert p.event_shape == (3,) and p.num_samples is None
+    torch.testing.assert_close(p.mean, mean)
+    torch.testing.assert_close(p.covariance.to_dense(), second - torch.outer(mean, mean), rtol=1e-4, atol=1e-5)
+    drawn = predict(model, x, num_samples=20_000, generator=seeded())
+    again = predict(model, x, num_samples=20_000, generator=seeded())
+    assert torch.equal(drawn.samples, again.samples)
+    torch.testing.assert_close(drawn.mean, mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.covariance.to_dense(), p.covariance.to_dense(), atol=0.05, rtol=0)
+    # Draws of observations have the density of the ensemble's own mixture, point by point.
+    likelihood, y = model.members[0].likelihood, torch.tensor([0.3, 1.0, -0.2])
+    noisy = predict(model, x, num_samples=20_000, generator=seeded(), likelihood=likelihood)
+    expected = model.predict(x).log_prob(y)
+    torch.testing.assert_close(noisy.pointwise().log_prob(y.unsqueeze(-1)), expected, atol=0.03, rtol=0)
+    moments = predict(model, x, "moments", likelihood=likelihood)
+    torch.testing.assert_close(moments.variance + moments.noise, model.predict(x).variance, rtol=1e-3, atol=1e-4)
+    many = torch.linspace(0, 5, 20_000)  # dense: 1.6 GB
+    assert predict(model, many, "moments").variance.shape == (20_000,)
 
 
 def test_a_stream_in_float64_and_a_space_time_stream():
@@ -555,6 +758,24 @@ class NotGaussian(gpytorch.models.GP):
         (lambda m, x: predict(m, {"input": x[:0]}), ValueError, r"x\['input'\]: expected at least one"),
         (lambda m, x: predict(m, {"input": 1}), TypeError, "x: expected a mapping with tensors"),
         (lambda m, x: predict(m, {"input": x}, input=x), TypeError, "inputs: expected each argument once, got input"),
+        (lambda m, x: predict(m, x, shared=3), TypeError, "shared: expected names of inputs, got 3"),
+        (lambda m, x: predict(m, x, batched=[1]), TypeError, r"batched: expected names of inputs, got \[1\]"),
+        (lambda m, x: predict(m, x, batched="a"), ValueError, "batched: expected names of inputs, got a"),
+        (
+            lambda m, x: predict(m, x, batched="a", shared="a", a=x),
+            ValueError,
+            "batched: expected names that are not in shared, got a",
+        ),
+        (
+            lambda m, x: predict(m, x, batched="a", a=x[:3]),
+            ValueError,
+            r"batched: expected a to be a tensor with 5 elements along dimension 0, got \(3, 3\)",
+        ),
+        (
+            lambda m, x: predict(gpytorch.models.IndependentModelList(exact(), exact()), x),
+            TypeError,
+            "model: expected one model, got IndependentModelList; predict with each",
+        ),
         (lambda m, x: predict(m, x, shared=("a",)), ValueError, "shared: expected names of inputs, got a"),
         (lambda m, x: predict(m, x, generator=3), TypeError, "generator: expected a torch.Generator or None, got int"),
         (lambda m, x: predict(m, x, "moments"), TypeError, "model: method 'moments' takes a GPyTorch model"),

@@ -5,6 +5,7 @@ import math
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
@@ -252,11 +253,44 @@ def test_density_of_a_gaussian(form, batch, noisy, dtype):
     torch.testing.assert_close(p.log_prob(y), expected.to(dtype), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_densities_in_half_precision_are_exact(dtype):
+    """Neither are the observations rounded to half precision, nor is anything added up in it."""
+    size = 300
+    mean = (10 * torch.randn(3, size)).to(dtype)
+    y = mean.float() + 0.3 * torch.randn(3, size)
+    variance = (torch.rand(3, size) + 0.5).to(dtype)
+    samples = (mean + torch.randn(5, 3, size)).to(dtype)
+    few = (mean[:, :2] + torch.randn(9, 3, 2)).to(dtype)
+    wide = torch.distributions.Normal
+    g = Predictive.from_moments(mean, variance=variance)
+    mixture = Predictive.from_samples(samples, noise=0.5)
+    draws = Predictive.from_samples(few)
+    exact = few.double()
+    covariance = torch.einsum("sbi,sbj->bij", exact - exact.mean(0), exact - exact.mean(0)) / 9
+    for p, at, expected in (
+        (g, y, wide(mean.double(), variance.double().sqrt()).log_prob(y.double()).sum(-1)),
+        (
+            mixture,
+            y,
+            wide(samples.double(), math.sqrt(0.5)).log_prob(y.double()).sum(-1).logsumexp(0) - math.log(5),
+        ),
+        (
+            draws,
+            y[:, :2],
+            torch.distributions.MultivariateNormal(exact.mean(0), covariance).log_prob(y[:, :2].double()),
+        ),
+    ):
+        value = p.log_prob(at)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_density_of_draws(batch, dtype):
     y = random(*batch, E, dtype=dtype)
     each = torch.rand(S, *batch, E, dtype=dtype) + 0.1
-    for noise in (0.3, torch.rand(E, dtype=dtype) + 0.1, each):
+    for noise in (0.3, np.float32(0.3), torch.rand(E, dtype=dtype) + 0.1, each):
         p = draws(batch, dtype, noise=noise)
         std = torch.as_tensor(noise, dtype=dtype).expand(S, *batch, E).sqrt()
         densities = [
@@ -545,6 +579,11 @@ INDICES = [
     torch.tensor([2, 0, 2]),
     torch.tensor(1),
     [1, 0],
+    [],
+    np.int64(1),
+    (np.int64(0), slice(1)),
+    np.array([2, 0]),
+    np.array([True, False, True]),
     (slice(None), torch.tensor([0, 1])),
     (torch.tensor([0, 1]), torch.tensor([1, 2])),
     (slice(1, 3), slice(None), torch.tensor([1, 0])),
@@ -723,6 +762,8 @@ def test_on_a_gpu():
 # Bad input
 
 MANY = torch.zeros(6, 2, 4)
+ONES = torch.ones(4)
+NAN = torch.tensor([1.0, math.nan, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -739,6 +780,25 @@ MANY = torch.zeros(6, 2, 4)
         (lambda: Predictive.from_samples(MANY, noise=torch.ones(3)), ValueError, r"noise: .* \(6, 2, 4\), got \(3,\)"),
         (lambda: Predictive.from_samples(MANY, scores={"a": torch.zeros(3)}), ValueError, r"scores\['a'\]: expected"),
         (lambda: Predictive.from_samples(MANY, scores={"a": 1.0}), ValueError, "got float"),
+        (lambda: Predictive.from_samples(MANY, scores=[1]), TypeError, "scores: expected a mapping .* got list"),
+        (lambda: Predictive.from_samples(MANY, noise="a"), TypeError, "noise: expected a real number .* got str"),
+        (lambda: Predictive.from_samples(MANY, noise=True), TypeError, "noise: expected a real number .* torch.bool"),
+        (
+            lambda: Predictive.from_samples(MANY, noise=1j),
+            TypeError,
+            "noise: expected a real number .* got torch.complex64",
+        ),
+        (lambda: Predictive.from_samples(MANY, event_dim=True), ValueError, "event_dim: expected 1 or 2, got True"),
+        (lambda: Predictive.from_moments(MANY, variance=NAN), ValueError, "variance: .* not negative, got nan"),
+        (lambda: Predictive.from_moments(MANY, DiagLinearOperator(NAN)), ValueError, "covariance: .* got NaN"),
+        (lambda: Predictive.from_moments(MANY, DiagLinearOperator(-ONES)), ValueError, "covariance: .* got -1"),
+        (lambda: Predictive.from_moments(MANY, variance=ONES.double()), TypeError, "variance: expected torch.float32"),
+        (
+            lambda: Predictive.from_moments(MANY, DiagLinearOperator(ONES.double())),
+            TypeError,
+            "covariance: expected torch.float32, as the mean has, got torch.float64",
+        ),
+        (lambda: Predictive.from_moments(MANY, variance=ONES.to("meta")), ValueError, "variance: expected it on cpu"),
         (lambda: Predictive.from_moments(MANY), ValueError, "covariance: expected either it or variance, got none"),
         (lambda: Predictive.from_moments(MANY, torch.eye(4), torch.ones(4)), ValueError, "got both"),
         (lambda: Predictive.from_moments(MANY, torch.eye(3)), ValueError, r"shape \(\*batch, 4, 4\) .* got \(3, 3\)"),
@@ -782,6 +842,23 @@ def test_bad_values_are_named(build, error, message):
         (lambda p: p.rsample(0), ValueError, "n: expected at least 1"),
         (lambda p: p.rsample(2.0), TypeError, "n: expected an integer"),
         (lambda p: p[None], IndexError, "index: expected integers, slices"),
+        (lambda p: p[1.0], IndexError, "index: expected integers, slices"),
+        (lambda p: p[[0.5]], IndexError, r"index: expected integers, slices, .* got \[0.5\]"),
+        (lambda p: p[[[0], [0, 1]]], IndexError, "index: expected integers, slices"),
+        (lambda p: p[torch.tensor([0.0])], IndexError, "index: expected integers, slices"),
+        (lambda p: p[np.array([0.0])], IndexError, "index: expected integers, slices"),
+        (lambda p: p[np.array(["a"])], IndexError, "index: expected integers, slices"),
+        (lambda p: p[torch.tensor(True)], IndexError, "index: expected integers, slices"),
+        (lambda p: p.rsample(2, generator=3), TypeError, "generator: expected a torch.Generator or None, got int"),
+        (lambda p: Predictive.cat([p, None]), TypeError, "predictions: expected Predictive, got NoneType in number 1"),
+        (lambda p: Predictive.cat([p.mean]), TypeError, "predictions: expected Predictive, got Tensor in number 0"),
+        (lambda p: Predictive.cat(3), TypeError, "predictions: expected several of them in a sequence, got int"),
+        (lambda p: Predictive.cat([p], dim=1.0), TypeError, "dim: expected an integer, got 1.0"),
+        (
+            lambda p: Predictive.cat([p, p._map(lambda t: t.to("meta"))]),
+            ValueError,
+            "predictions: expected the same device everywhere, got cpu in number 0 and meta in number 1",
+        ),
         (lambda p: p[True], IndexError, "index: expected integers, slices"),
         (lambda p: p[0, 0], IndexError, r"index: a batch of shape \(2,\) takes at most 1, got 2"),
         (lambda p: p[..., 0, ...], IndexError, "at most one '...'"),
@@ -808,6 +885,28 @@ def test_other_bad_questions():
     one = Predictive.from_samples(torch.zeros(2, 3, 1))
     with pytest.raises(ValueError, match="y: expected labels from 0 to 1, got from 0 to 2"):
         one.log_prob(torch.tensor([0, 1, 2]))
+
+
+def test_a_dtype_that_a_lazy_kernel_has_not_is_that_of_its_values():
+    """A lazy kernel says that its dtype is that of its parameters, whatever its inputs."""
+    q = MultivariateNormal(random(3), RBFKernel()(random(3, 1)))
+    p = Predictive.from_distribution(q)
+    assert p.covariance.dtype == p.variance.dtype == p.rsample(2).dtype == torch.float64
+    torch.testing.assert_close(p.covariance.to_dense(), q.covariance_matrix)
+    short = p.to(torch.float32)
+    assert short.mean.dtype == short.covariance.dtype == short.covariance.to_dense().dtype == torch.float32
+
+
+def test_forbidden_classes():
+    mean = torch.tensor([[1.0, -math.inf, 0.0]])
+    g, two = Predictive.from_moments(mean, torch.eye(3)), Predictive.from_moments(mean[:, ::2], torch.eye(2))
+    for method in ("probit", "probit_pairs"):
+        torch.testing.assert_close(g.probs(method)[:, ::2], two.probs(method))
+    for probs in (g.probs(), *(g.probs(method) for method in PROBS_METHODS)):
+        assert probs[0, 1] == 0 and not probs.isnan().any()
+    p = Predictive.from_samples(mean.expand(4, 1, 3))
+    assert p.mean[0, 1] == -math.inf and p.variance[0].isnan().tolist() == [False, True, False]
+    assert p.probs()[0, 1] == 0 and p.mutual_information().abs().max() < 1e-6
 
 
 def test_an_empty_batch_is_legal():

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
 from gpseq.nn import SGPAttention
@@ -75,7 +76,7 @@ class AttentionGP(nn.Module):
         time = self.times[:, None].expand(len(y), -1, 1)
         return self.last(time, time, self.values(y), need_weights=False)[0].squeeze(-1)
 
-    def conditional(self, y: Tensor, query: Tensor, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def conditional(self, y: Tensor, query: Tensor, removed: Tensor | None = None) -> tuple[Tensor, DiagLinearOperator]:
         """Mean and variance of f at any times ``(n,)``, each ``(B, n)``; what is removed is True in ``(B, T)``."""
         mean, covariance = self.last.conditional(
             query[:, None].expand(len(y), -1, 1),
@@ -83,7 +84,7 @@ class AttentionGP(nn.Module):
             value=self.values(y, removed),
             key_padding_mask=removed,
         )
-        return mean.squeeze(-1), covariance.to_dense().squeeze((-2, -1))
+        return mean.squeeze(-1), DiagLinearOperator(covariance.to_dense().squeeze((-2, -1)))
 
 
 def known_layer(times: Tensor, lengthscale: float, width: int, **options: Any) -> SGPAttention:
@@ -126,14 +127,14 @@ class SoftmaxNetwork(nn.Module):
         self.last = nn.MultiheadAttention(width, 4, batch_first=True)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
 
-    def conditional(self, y: Tensor, query: Tensor, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def conditional(self, y: Tensor, query: Tensor, removed: Tensor | None = None) -> tuple[Tensor, DiagLinearOperator]:
         """Mean and variance of observations at any times ``(n,)``, each ``(B, n)``."""
         tokens = torch.cat([y.unsqueeze(-1), self._waves(self.times).expand(len(y), -1, -1)], -1)
         h = self.encoder(self.embed(tokens), src_key_padding_mask=removed)
         asked = self.ask(self._waves(query)).expand(len(y), -1, -1)
         h = asked + self.last(asked, h, h, key_padding_mask=removed, need_weights=False)[0]
         mean, log_variance = self.head(h).unbind(-1)
-        return mean, log_variance.clamp(-6.0, 4.0).exp()
+        return mean, DiagLinearOperator(log_variance.clamp(-6.0, 4.0).exp())
 
     def _waves(self, time: Tensor) -> Tensor:
         angle = time.unsqueeze(-1) * self.frequencies

@@ -111,7 +111,8 @@ def train_softmax(net: SoftmaxNetwork, y: Tensor, num_steps: int) -> None:
     for _ in range(num_steps):
         batch = y[torch.randint(len(y), (BATCH,))]
         hidden = torch.rand(batch.shape).argsort(-1) < batch.shape[-1] // 4
-        mean, variance = net.conditional(batch, TIMES, hidden)
+        mean, covariance = net.conditional(batch, TIMES, hidden)
+        variance = covariance.diagonal(dim1=-1, dim2=-2)
         terms = 0.5 * ((batch - mean).square() / variance + variance.log())
         optimiser.zero_grad()
         terms[hidden].mean().backward()

@@ -195,12 +195,14 @@ class DecoupledSGPAVariationalStrategy(WhitenedPointsStrategy):
                 if self.form == "orthogonal":
                     shift = shift - matvec(A_mean, coefficients)
             posterior = self._posterior(mean + matvec(A.mT, shift), blocks.covariance, A, scale_tril, x.dtype)
-        self._last = {
-            "mean_points": mean_points,
-            "mean_coefficients": mean_coefficients,
-            "mean_mask": mean_mask,
-            "kwargs": kwargs,
-        }
+        given = any(argument is not None for argument in (mean_points, mean_coefficients, mean_mask))
+        self._remember(
+            given or (points is not None and bool(kwargs)),  # of the prior at the strategy's own points
+            mean_points=mean_points,
+            mean_coefficients=mean_coefficients,
+            mean_mask=mean_mask,
+            kwargs=kwargs,
+        )
         return posterior
 
     def kl_divergence(self) -> Tensor:
@@ -211,7 +213,8 @@ class DecoupledSGPAVariationalStrategy(WhitenedPointsStrategy):
             mean points, one number a posterior; nothing is summed.
 
         Raises:
-            RuntimeError: mean points come with each call, and there was none.
+            RuntimeError: mean points come with each call, and there was none; or the last call brought some, and they
+                are forgotten.
         """
         # Not only a sum: with points of its own a strategy knows its divergence before any call.
         amortised = self.kl_amortised()
@@ -239,13 +242,15 @@ class DecoupledSGPAVariationalStrategy(WhitenedPointsStrategy):
             that and the cross term, which can be negative: there only the sum of both parts is a divergence.
 
         Raises:
-            RuntimeError: mean points come with each call, and there was none.
+            RuntimeError: mean points come with each call, and there was none; or the last call brought some, and they
+                are forgotten.
         """
         if self._last is None and self.mean_points is None:
             raise RuntimeError(
                 "kl_divergence: mean points come with each call, and there was none since the last train(), change to "
                 "eval mode, copy or load."
             )
+        self._check_remembered()
         last = self._last or {"mean_points": None, "mean_coefficients": None, "mean_mask": None, "kwargs": {}}
         with torch.autocast(self.inducing_points.device.type, enabled=False):
             points, coefficients = self._mean_part(last["mean_points"], last["mean_coefficients"], last["mean_mask"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gpytorch
+import torch
+from gpytorch.variational._variational_strategy import _VariationalStrategy
 from torch import Tensor
 
+from gpseq.checks import check_count
 from gpseq.features.base import InducingFeatures
 
 
@@ -18,7 +21,28 @@ class IndependentMultitaskVariationalStrategy(gpytorch.variational.IndependentMu
         base_variational_strategy: over a batch of GPs.
         num_tasks: size of the task dimension.
         task_dim: which batch dimension that is.
+
+    Raises:
+        TypeError: no variational strategy, or a number of tasks or a dimension that is no integer.
+        ValueError: the wrapped strategy has another number of tasks.
     """
+
+    def __init__(self, base_variational_strategy: _VariationalStrategy, num_tasks: int, task_dim: int = -1) -> None:
+        if not isinstance(base_variational_strategy, _VariationalStrategy):
+            got = type(base_variational_strategy).__name__
+            raise TypeError(f"base_variational_strategy: expected a GPyTorch variational strategy, got {got}.")
+        check_count("num_tasks", num_tasks)
+        if isinstance(task_dim, bool) or not isinstance(task_dim, int):
+            raise TypeError(f"task_dim: expected an integer, got {task_dim!r}.")
+        q = getattr(base_variational_strategy, "_variational_distribution", None)
+        batch = torch.Size() if q is None else q.batch_shape
+        # Tasks may also come from the points or the kernel alone; what q says is known before any call.
+        if -len(batch) <= task_dim < len(batch) and batch[task_dim] not in (1, num_tasks):
+            raise ValueError(
+                f"num_tasks: expected {batch[task_dim]}, as the variational distribution has along batch dimension "
+                f"{task_dim}, got {num_tasks}."
+            )
+        super().__init__(base_variational_strategy, num_tasks, task_dim)
 
     def kl_divergence(self) -> Tensor:
         """Sum over the tasks of the wrapped strategy's divergence, ``(*batch)``, in nats."""

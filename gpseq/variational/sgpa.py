@@ -44,9 +44,9 @@ class SGPAVariationalStrategy(WhitenedPointsStrategy):
     The prior is asked as ``model.forward(cat[key, x])``, so custom forwards, deep kernels and any mean work, and u is f
     minus its mean at the keys. The algebra is in float64, the result has the dtype of the inputs, nothing is cached.
     :meth:`kl_divergence` is that of the last call, which is remembered by its arguments, and forgotten by ``train()``,
-    by the change to eval mode, by loading and by copying; the prior is asked again for it, so a ``forward`` that draws
-    at random gives another draw. GPyTorch's multitask wrapper would leave the value out of it; take
-    ``gpseq.variational.IndependentMultitaskVariationalStrategy``.
+    by the change to eval mode, by loading and by copying, whereupon it raises if the call brought a value or a mask;
+    the prior is asked again for it, so a ``forward`` that draws at random gives another draw. GPyTorch's multitask
+    wrapper would leave the value out of it; take ``gpseq.variational.IndependentMultitaskVariationalStrategy``.
     As in GPyTorch, in training mode with ``diag=True`` only the diagonal of the covariance is meaningful.
 
     Args:
@@ -125,7 +125,8 @@ class SGPAVariationalStrategy(WhitenedPointsStrategy):
             A = torch.linalg.solve_triangular(factor, cross, upper=False)
             mean, scale_tril = self._whitened(factor, values, mask)
             posterior = self._posterior(blocks.mean + matvec(A.mT, mean), blocks.covariance, A, scale_tril, x.dtype)
-        self._last = {"key": key, "value": value, "key_padding_mask": key_padding_mask, "kwargs": kwargs}
+        brought = value is not None or key_padding_mask is not None
+        self._remember(brought, key=key, value=value, key_padding_mask=key_padding_mask, kwargs=kwargs)
         return posterior
 
     def kl_divergence(self) -> Tensor:
@@ -134,7 +135,11 @@ class SGPAVariationalStrategy(WhitenedPointsStrategy):
         Returns:
             ``(*batch)``, the batch shape of the variational distribution and of what the call brought: one number a
             posterior, nothing is summed. Before any call, that of the variational distribution.
+
+        Raises:
+            RuntimeError: the last call brought a value or a mask, and it is forgotten.
         """
+        self._check_remembered()
         last = self._last or {"key": None, "value": None, "key_padding_mask": None, "kwargs": {}}
         dtype = self._variational_distribution.dtype
         with torch.autocast(self.inducing_points.device.type, enabled=False):

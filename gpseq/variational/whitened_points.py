@@ -226,6 +226,10 @@ class WhitenedPointsStrategy(_VariationalStrategy):
                 f"variational_distribution: expected one over {points.shape[-2]} numbers, as there are inducing points,"
                 f" got {variational_distribution.shape()[-1]}."
             )
+        if not isinstance(learn_inducing_locations, bool):
+            raise TypeError(f"learn_inducing_locations: expected True or False, got {learn_inducing_locations!r}.")
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model: expected a GPyTorch model, got {type(model).__name__}.")
         jitter = check_jitter(jitter)
         gpytorch.Module.__init__(self)
         object.__setattr__(self, "model", model)
@@ -237,6 +241,8 @@ class WhitenedPointsStrategy(_VariationalStrategy):
         self._initialized = False
         # Arguments of the last call, not what was computed from them: a divergence is made anew when it is asked for.
         self._last: dict[str, Any] | None = None
+        # Outlives what was remembered: a divergence without those arguments would be another one.
+        self._brought = False
 
     def _keep(self, name: str, value: Tensor, learn: bool) -> None:
         if learn:
@@ -313,6 +319,27 @@ class WhitenedPointsStrategy(_VariationalStrategy):
             self.variational_params_initialized.fill_(1)
         self._initialized = True
 
+    def _remember(self, brought: bool, **arguments: Any) -> None:
+        """Keep the arguments of a call.
+
+        Args:
+            brought: whether the divergence depends on them.
+            arguments: what they are.
+        """
+        self._last, self._brought = arguments, brought
+
+    def _check_remembered(self) -> None:
+        """Refuse a divergence that hangs on arguments that are forgotten.
+
+        Raises:
+            RuntimeError: the last call brought some, and they are forgotten.
+        """
+        if self._last is None and self._brought:
+            raise RuntimeError(
+                "kl_divergence: the last call brought arguments of its own, and they are forgotten since a train(), a "
+                "change to eval mode, a copy or a load; call the model again first."
+            )
+
     def _clear_cache(self) -> None:
         super()._clear_cache()
         self._last = None
@@ -323,6 +350,7 @@ class WhitenedPointsStrategy(_VariationalStrategy):
             del state_dict[f"{prefix}updated_strategy"]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._initialized = False
+        self._last = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Arguments of a call may hang on a graph, which can be neither copied nor pickled.

@@ -869,6 +869,25 @@ def test_the_kl_is_that_of_the_last_call() -> None:
     strategy._clear_cache()
     with pytest.raises(RuntimeError, match="there was none"):
         strategy.kl_amortised()
+    # A strategy with points of its own does not fall back to them.
+    for brought in (
+        {"mean_points": draw(N, 2, seed=7), "mean_coefficients": draw(N)},
+        {"mean_coefficients": draw(N, seed=5)},
+        {"mean_mask": torch.arange(N) == 0},
+        {"shift": 0.5},
+    ):
+        model = make(**own_points()).train()
+        strategy = model.variational_strategy
+        own = strategy.kl_divergence()
+        model(x, **brought)
+        strategy.kl_divergence()
+        model.eval()
+        for ask in (strategy.kl_divergence, strategy.kl_amortised):
+            with pytest.raises(RuntimeError, match="last call brought arguments of its own, and they are forgotten"):
+                ask()
+        model(x)
+        model.train()
+        close(strategy.kl_divergence(), own, 1e-15)
     # Points of its own need no call.
     own = make(**own_points()).variational_strategy
     assert own.kl_amortised() > 0
@@ -995,6 +1014,7 @@ def test_bad_calls_are_named_and_change_nothing(arguments: dict, error: type[Exc
         ({"points": torch.zeros(0, 2)}, ValueError, r"inducing_points: expected at least one point"),
         ({"q": CholeskyVariationalDistribution(5)}, ValueError, r"variational_distribution: .*3 numbers.*got 5"),
         ({"q": "cholesky"}, TypeError, r"variational_distribution: expected"),
+        ({"learn_inducing_locations": "no"}, TypeError, r"learn_inducing_locations: expected True or False, got 'no'"),
         ({"form": "both"}, ValueError, r"form: expected one of .*got 'both'"),
         ({"jitter": 2.0}, ValueError, r"jitter: "),
         ({"mean_coefficients": torch.zeros(N)}, ValueError, r"mean_points: expected the points of the given"),
@@ -1011,6 +1031,11 @@ def test_bad_calls_are_named_and_change_nothing(arguments: dict, error: type[Exc
 def test_bad_arguments_are_named(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**arguments)
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="model: expected a GPyTorch model, got str"):
+        DecoupledSGPAVariationalStrategy("m", draw(M, 2), some_q())
 
 
 @pytest.mark.cuda

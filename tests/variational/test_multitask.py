@@ -199,3 +199,14 @@ def test_saved_with_the_wrapper() -> None:
     other.load_state_dict(model.state_dict())
     assert_close(other.variational_strategy.kl_divergence(), model.variational_strategy.kl_divergence(), 1e-12)
     assert other.base.features.horizon == 4.0
+
+
+def test_bad_arguments_are_named() -> None:
+    for build, error, message in (
+        (lambda b: IndependentMultitaskVariationalStrategy("b", 3), TypeError, "base_variational_strategy: .* got str"),
+        (lambda b: IndependentMultitaskVariationalStrategy(b, 4), ValueError, "num_tasks: expected 3, .* got 4"),
+        (lambda b: IndependentMultitaskVariationalStrategy(b, 3.0), TypeError, "num_tasks: expected an integer"),
+        (lambda b: IndependentMultitaskVariationalStrategy(b, 3, "last"), TypeError, "task_dim: expected an integer"),
+    ):
+        with pytest.raises(error, match=message):
+            build(Model().base)

@@ -27,6 +27,7 @@ from gpytorch.variational import (
 )
 from torch import Tensor
 
+from gpseq.prediction import predict
 from gpseq.sgpa import standard_posterior
 from gpseq.variational import IndependentMultitaskVariationalStrategy, SGPAVariationalStrategy
 from tests.oracles import close
@@ -369,8 +370,11 @@ def test_copies_and_files() -> None:
         assert other.variational_strategy.model is other
         assert_same(other(x, **arguments), expected, 1e-14)
         close(other.variational_strategy.kl_divergence(), kl, 1e-14)
-    # The divergence of a copy that was never called is that of its own q.
-    assert not torch.allclose(deepcopy(model).variational_strategy.kl_divergence(), kl)
+    # A copy does not know the arguments of the call, and has no other divergence to offer; nor has what was loaded.
+    model.load_state_dict(model.state_dict())
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        with pytest.raises(RuntimeError, match="last call brought arguments of its own, and they are forgotten"):
+            other.variational_strategy.kl_divergence()
 
 
 def test_prior_keywords_and_the_kl_of_the_last_call() -> None:
@@ -387,9 +391,25 @@ def test_prior_keywords_and_the_kl_of_the_last_call() -> None:
     close(strategy.kl_divergence(), called, 1e-12)  # a stationary kernel
     model(x)
     close(strategy.kl_divergence(), own, 1e-15)
-    model(x, **arguments)
+    for change in (model.train, model.eval):
+        model(x, **arguments)
+        change()
+        with pytest.raises(RuntimeError, match="last call brought arguments of its own, and they are forgotten"):
+            strategy.kl_divergence()
+    model(x)
     model.train()
-    close(strategy.kl_divergence(), own, 1e-15)
+    close(strategy.kl_divergence(), own, 1e-15)  # that call brought none
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_prediction_leaves_the_kl_as_it_was(training: bool) -> None:
+    model, x = make().train(training), draw(7, 2, seed=3)
+    strategy = model.variational_strategy
+    model(x, key=draw(5, 2), value=draw(5, seed=1))
+    kl = strategy.kl_divergence()
+    predict(model, x, "moments", key=draw(5, 2, seed=4), value=draw(5, seed=5))
+    predict(model, x, num_samples=2)
+    assert torch.equal(strategy.kl_divergence(), kl)
 
 
 def test_the_first_call_sets_q_to_the_prior() -> None:
