@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from linear_operator import settings, to_linear_operator
+from linear_operator import to_linear_operator
 from linear_operator.operators import (
     DenseLinearOperator,
     DiagLinearOperator,
@@ -320,12 +320,10 @@ def _rounding(dtype: torch.dtype, top: Tensor) -> Tensor:
     """How far below 0 rounding may bring what should not be negative, beside a largest value.
 
     A posterior is a difference of numbers on the scale of the prior, so its rounding knows nothing of its own scale:
-    the absolute bound is the largest jitter with which GPyTorch would factor it, by its settings 1e-4 in float32, and
-    in anything shorter, and 1e-6 in float64.
+    the absolute bound is the largest jitter with which GPyTorch as installed would factor it: 1e-6 in float64, 1e-4 in
+    anything shorter. (Its settings are no guide: importing BoTorch changes them for the whole process.)
     """
-    known = dtype if dtype == torch.float64 else torch.float32
-    absolute = settings.cholesky_jitter.value(known) * 10.0 ** (settings.cholesky_max_tries.value() - 1)
-    return (_relative(dtype) * top).clamp_min(absolute)
+    return (_relative(dtype) * top).clamp_min(1e-6 if dtype == torch.float64 else 1e-4)
 
 
 def _relative(dtype: torch.dtype) -> float:
