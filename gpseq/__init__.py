@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         sgpa,
         spread,
         storage,
+        training,
         variational,
     )
     from gpseq.prediction import predict
@@ -63,6 +64,7 @@ __all__ = [
     "sgpa",
     "spread",
     "storage",
+    "training",
     "variational",
 ]
 

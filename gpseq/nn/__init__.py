@@ -1,9 +1,27 @@
 """Gaussian-process layers for neural networks: plain ``torch.nn`` modules."""
 
 from gpseq.nn.attention import SGPAttention
+from gpseq.nn.conversion import ConversionWarning
 from gpseq.nn.divergence import kl_divergence
 from gpseq.nn.generator import use_generator
 from gpseq.nn.kep import KEPAttention
+from gpseq.nn.objective import linear_annealing, variational_loss
+from gpseq.nn.placement import init_inducing
 from gpseq.nn.rff import RFFAttention
+from gpseq.nn.surgery import replace_attention
+from gpseq.nn.transformer import SGPATransformerEncoder, SGPATransformerEncoderLayer
 
-__all__ = ["KEPAttention", "RFFAttention", "SGPAttention", "kl_divergence", "use_generator"]
+__all__ = [
+    "ConversionWarning",
+    "KEPAttention",
+    "RFFAttention",
+    "SGPATransformerEncoder",
+    "SGPATransformerEncoderLayer",
+    "SGPAttention",
+    "init_inducing",
+    "kl_divergence",
+    "linear_annealing",
+    "replace_attention",
+    "use_generator",
+    "variational_loss",
+]
