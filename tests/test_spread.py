@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from linear_operator import settings
 from linear_operator.operators import DiagLinearOperator, RootLinearOperator, SumLinearOperator
 from linear_operator.utils.errors import NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
@@ -112,3 +113,10 @@ def test_a_variance_is_not_negative():
     torch.testing.assert_close(whole.dense, torch.diag(torch.tensor([1.8, 3.7])))
     torch.testing.assert_close(whole.colour(torch.eye(2)).square().sum(-2), torch.tensor([1.8, 3.7]), rtol=1e-5, atol=0)
     assert Spread(torch.tensor([torch.nan, 1.0])).colour(torch.ones(1, 2)).isnan().tolist() == [[True, False]]
+
+
+def test_what_counts_as_rounding_is_no_setting_of_the_process():
+    matrix = torch.tensor([1.0, -2e-3]).diag()
+    with settings.cholesky_max_tries(9), settings.cholesky_jitter(float_value=1.0):
+        with pytest.raises(NotPSDError, match="clearly negative"):
+            Spread(matrix=matrix).colour(torch.eye(2))
