@@ -31,6 +31,14 @@ from gpseq.storage import StorageError
 X, Y = torch.randn(22, 3, generator=torch.Generator().manual_seed(1)), torch.arange(22.0)[:, None] % 3
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Ctrl-C as in a terminal: a run in the background starts with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def make(seed: int = 0) -> nn.Module:
     """With dropout, which draws, and batch normalisation, which has buffers."""
     torch.manual_seed(seed)

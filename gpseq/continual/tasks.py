@@ -211,10 +211,10 @@ def tasks_by_time(
         if not times.isfinite().all():
             raise ValueError("t: expected finite times for intervals of equal length, got infinity.")
         low, high = times.min().item(), times.max().item()
-        named = torch.linspace(low, high, num_tasks + 1, dtype=torch.float64).tolist()
-        cuts: Sequence[float | Fraction] = named
-        if isinstance(low, int):  # such as nanoseconds: cut exactly
-            cuts = [low + Fraction(k * int(high - low), num_tasks) for k in range(num_tasks + 1)]
+        # Exactly, for nanoseconds and because a time on a cut must not fall on its other side by rounding.
+        first, span = Fraction(low), Fraction(high) - Fraction(low)
+        cuts: Sequence[float | Fraction] = [first + span * k / num_tasks for k in range(num_tasks + 1)]
+        named = [float(cut) for cut in cuts]
     else:
         cuts = named = check_edges(edges)
         num_tasks = len(cuts) - 1

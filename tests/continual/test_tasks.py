@@ -307,3 +307,10 @@ def test_float_classes_of_integer_labels_and_the_other_way_round():
     assert [task.rows.tolist() for task in tasks] == [[0], [1, 2]] == [task.test_rows.tolist() for task in tasks]
     half = tasks_by_class(y, y / 2, ((0.5,),), test=(y, y))
     assert half[0].rows.tolist() == [1] and half[0].test_rows.tolist() == []
+
+
+def test_a_time_on_a_cut_begins_the_later_interval_in_either_dtype():
+    t = torch.tensor([0, 0, 0, 2, -14, 18])  # cut at 2, where a rounded step falls beyond it
+    for times in (t, t.double()):
+        tasks = tasks_by_time(times, t, t, num_tasks=6, empty="keep")
+        assert [sorted(task.rows.tolist()) for task in tasks] == [[4], [], [0, 1, 2], [3], [], [5]]
