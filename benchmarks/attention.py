@@ -246,12 +246,11 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
         "**Against the goals** (forward and backward, float32). The goals are for the layer; the last column adds the "
         "divergence to the loss, and its own verdict.",
         _goals(result),
-        "What it took: derivatives written out (automatic differentiation of the same formulas was at 2.9 for T = 64 and "
-        "4.2 with a covariance a dimension, for the number of its operations), the matrix of scores formed up to T = 384 "
-        "and fused attention above, products of tensors in their own order in memory, all pairs of inducing keys in one "
-        "product. What did not help: one projection for queries and values, fused attention below T = 256, pairs of "
-        "inducing keys once instead of twice. What is left at T = 64: normal draws are 5 % of the time, the part that "
-        "depends on parameters alone 15 %.",
+        "What was tried at short lengths, where the number of operations counts: derivatives written out in place of "
+        "automatic differentiation (which *diagonal*, *low_rank*, *residual* and *exponential* above still use), the matrix "
+        "of scores formed up to T = 384 and fused attention above, products of tensors in their own order in memory, all "
+        "pairs of inducing keys in one product. One projection for queries and values, fused attention below T = 256, and "
+        "pairs of inducing keys once instead of twice brought nothing.",
     ]
     lengths = [m["length"] for m in result["memory"]]
     names = list(result["memory"][0]["bytes"])

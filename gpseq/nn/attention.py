@@ -346,12 +346,11 @@ class SGPAttention(GaussianAttention):
         query = self.project_query(tokens.query)
         key = query if tokens.is_self and self.key_weight is None else self.project_key(tokens.key)
         value = self.project_value(tokens.value)
-        attn_mask, is_causal = tokens.attn_mask, tokens.is_causal
         options: dict[str, Any] = {
             "kernel": self.kernel,
             "key_padding_mask": tokens.key_padding_mask,
-            "attn_mask": attn_mask,
-            "is_causal": is_causal,
+            "attn_mask": tokens.attn_mask,
+            "is_causal": tokens.is_causal,
             "form": self.form,
             "jitter": self.jitter,
             "normalise": self.mode == "softmax_kernel",

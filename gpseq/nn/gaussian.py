@@ -8,9 +8,9 @@ from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
 from gpseq.checks import check_count
-from gpseq.nn.heads import deviations
 from gpseq.nn.projection import ProjectedAttention, Tokens
 from gpseq.sgpa.arguments import check_choice
+from gpseq.sgpa.draws import deviations
 
 
 class GaussianAttention(ProjectedAttention):
@@ -53,7 +53,7 @@ class GaussianAttention(ProjectedAttention):
         Returns:
             ``(B, H, Tq, D)`` and ``(B, H, D, Tq)``, or of size 1 in place of D.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define marginals().")
 
     def conditional(
         self,

@@ -44,8 +44,3 @@ def heads_distribution(post: AttentionPosterior, root: Tensor | None, batched: b
         )
     marginals = MultivariateNormal(mean.to(spread.dtype), covariance)
     return MultitaskMultivariateNormal.from_batch_mvn(marginals, task_dim=-1)
-
-
-def deviations(variance: Tensor) -> Tensor:
-    """Square roots of variances, with a derivative where they are zero."""
-    return variance.clamp_min(torch.finfo(variance.dtype).eps ** 2).sqrt()

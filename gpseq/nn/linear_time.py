@@ -54,7 +54,7 @@ class LinearTimeAttention(GaussianAttention):
             tokens: of the call.
             variance: whether marginal variances are asked for.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define heads().")
 
     def attend(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """From tokens to a draw of the heads; see the base class."""

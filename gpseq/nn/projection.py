@@ -66,7 +66,6 @@ class ProjectedAttention(Draws):
     _qkv_same_embed_dim = False
     in_proj_bias = None
 
-    # What the last call left behind holds a graph, and a generator is no part of a layer: neither is copied or saved.
     def __init__(
         self,
         embed_dim: int,
@@ -148,7 +147,7 @@ class ProjectedAttention(Draws):
         Returns:
             Heads ``(B, H, Tq, D)``, and the matrix that multiplies the values, ``(B, H, Tq, Tk)``, if asked for.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define attend().")
 
     def forward(
         self,
@@ -358,6 +357,7 @@ class ProjectedAttention(Draws):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
     def __getstate__(self) -> dict[str, Any]:
+        # What the last call left behind holds a graph, and a generator is no part of a layer.
         return {name: value for name, value in super().__getstate__().items() if name not in self._transient}
 
 

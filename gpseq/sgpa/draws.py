@@ -29,6 +29,11 @@ def standard_normal(
     return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
 
+def deviations(variance: Tensor) -> Tensor:
+    """Square roots of variances, with a derivative where rounding has left none."""
+    return variance.clamp_min(torch.finfo(variance.dtype).eps ** 2).sqrt()
+
+
 def marginal_sample(mean: Tensor, variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
     r"""Draw :math:`m + \sigma \epsilon` with noise that is independent over tokens and dimensions.
 
@@ -47,8 +52,7 @@ def marginal_sample(mean: Tensor, variance: Tensor, generator: torch.Generator |
         >>> marginal_sample(torch.ones(1, 2, 3), torch.zeros(1, 3, 2)).round(decimals=3).unique()
         tensor([1.])
     """
-    # A root has no derivative at zero, and rounding leaves variances there.
-    deviation = variance.clamp_min(torch.finfo(variance.dtype).eps ** 2).sqrt().mT
+    deviation = deviations(variance).mT
     noise = standard_normal(mean.shape, generator, deviation.dtype, mean.device)
     return (mean + deviation * noise).to(mean.dtype)
 

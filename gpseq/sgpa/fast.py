@@ -14,12 +14,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, bmm
 
 from gpseq.linalg import default_jitter
 from gpseq.sgpa.quadratic import quadratic_form, quadratic_gradients
-from gpseq.sgpa.rbf import as_queries, half_norms
+from gpseq.sgpa.rbf import as_queries, half_norms, rbf_product
 from gpseq.sgpa.whitening import Whitening, whiten
 
 # Up to this length the matrix of scores is formed: on a CPU that is faster than the fused kernel, and memory is no
@@ -206,7 +205,9 @@ def attend(
     log_variance = log_variance[:, None, None]
     product = None
     if query.shape[-2] > _EXPLICIT_LENGTH.get(query.device.type, 0):
-        product = _fused_product(query, value, log_variance, share)
+        # The variance goes with the values: the kernel is the unit one there.
+        weight = log_variance.unsqueeze(-1).exp() * share
+        product = rbf_product(query, query, value * weight, fused=True)
     noise = None if noise is None else noise.transpose(0, 1)
     heads, cost = _Attend.apply(query, value, *prepared[2:], log_variance, share, noise, product)
     return heads.transpose(0, 1), cost
@@ -357,23 +358,6 @@ class _Attend(torch.autograd.Function):
             g_value = torch.mul(g_v.view_as(value), ctx.share, out=_as_output(value))
         g_product = None if product is None else g_mean.view(heads, batch, length, dims)
         return g_query, g_value, g_key, g_inverse, g_whitened, g_excess, g_log_variance, None, None, g_product
-
-
-def _fused_product(query: Tensor, value: Tensor, log_variance: Tensor, share: Tensor | float) -> Tensor:
-    """Kernel times values through fused attention, see :func:`gpseq.sgpa.rbf_product`, heads in front."""
-    width, dims = query.shape[-1] + 2, value.shape[-1]
-    columns = max(width, dims + 1)
-    if query.device.type != "cpu":
-        columns = -(-columns // 8) * 8
-    queries = as_queries(query)
-    # The variance joins the score of the key; the sink's stays 0.
-    keys = F.pad(_keys(query, log_variance.unsqueeze(-1)), (0, columns - width, 1, 0))
-    queries = F.pad(queries, (0, columns - width)) if columns > width else queries
-    sink = F.one_hot(torch.tensor([dims], device=value.device), columns).to(value.dtype)
-    sink = sink.expand(*value.shape[:2], 1, columns)
-    values = torch.cat([sink, F.pad(value * share, (0, columns - dims))], -2)
-    out = F.scaled_dot_product_attention(queries, keys, values, scale=1.0)
-    return out[..., :dims] / out[..., dims : dims + 1]
 
 
 def _keys(tokens: Tensor, log_weight: Tensor) -> Tensor:

@@ -79,8 +79,9 @@ def variance_correction(scale: Scale, features: Tensor) -> Tensor:
         return explained + (features @ roots).unflatten(-1, (dims, rank)).square().sum(-1)
     if scale.shape[-3] == 1:
         return ((features @ scale.squeeze(-3)).square().sum(-1) - features.square().sum(-1)).unsqueeze(-1)
-    pairs, weights = _pairs(features), _pair_weights(scale @ scale.mT)
-    return pairs @ weights.mT
+    excess = scale @ scale.mT - torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
+    # M^2 products of features a token, made once for all dimensions; dimension by dimension they would be D M.
+    return (features.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2) @ excess.flatten(-2).mT
 
 
 def covariance_correction(scale: Scale, features: Tensor) -> Tensor:
@@ -139,30 +140,3 @@ def scale_kl(scale: Scale) -> Tensor:
     # det(diag(a^2) + U U') = det(diag(a^2)) det(I + U' diag(a^-2) U)
     tril = torch.linalg.cholesky_ex(eye + root.mT @ root).L
     return kl + 0.5 * scale.root.square().sum((-2, -1)) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
-def _pairs(features: Tensor) -> Tensor:
-    """The products ``V_i V_j`` of every pair of inducing keys once, ``(*batch, H, T, P)``.
-
-    Pair ``(i, i + k mod M)`` for k = 0, ..., M // 2: shifts of the row against itself, so that one multiplication makes
-    all of them and no index is gathered.
-    """
-    size = features.shape[-1]
-    shifts = size // 2 + 1
-    doubled = torch.cat([features, features[..., : shifts - 1]], -1)
-    return torch.cat([features * doubled[..., k : k + size] for k in range(shifts)], -1)
-
-
-def _pair_weights(covariance: Tensor) -> Tensor:
-    """The entries of ``S - I`` in the order of :func:`_pairs`, ``(H, D, P)``, each as often as the sum has it."""
-    size = covariance.shape[-1]
-    shifts = size // 2 + 1
-    index = torch.arange(size, device=covariance.device)
-    shift = torch.arange(shifts, device=covariance.device).unsqueeze(-1)
-    # Off-diagonal entries stand for themselves and their mirror image; half-way round an even row, a pair comes twice.
-    times = torch.full((shifts, 1), 2.0, dtype=covariance.dtype, device=covariance.device)
-    times[0] = 1.0
-    if size % 2 == 0 and shifts > 1:
-        times[-1] = 1.0
-    eye = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
-    return ((covariance - eye)[..., index, (index + shift) % size] * times).flatten(-2)
