@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributions
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -125,3 +127,42 @@ def probit_pairs(mean: Tensor, covariance: Tensor) -> Tensor:
 def widened(value: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def network_output(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Logits or values in what a network returned, and their noise variances if it says so.
+
+    Args:
+        output: a tensor, a tuple that begins with one, a mapping or an object with ``logits``, a ``Normal`` or a
+            ``Categorical``.
+
+    Returns:
+        A floating-point tensor, and variances or ``None``.
+
+    Raises:
+        TypeError: it is none of these.
+
+    Example:
+        >>> network_output({"logits": torch.zeros(2)})
+        (tensor([0., 0.]), None)
+    """
+    if isinstance(output, distributions.Independent):
+        return network_output(output.base_dist)
+    if isinstance(output, distributions.Normal):
+        return output.mean, output.variance
+    if isinstance(output, distributions.Categorical | distributions.OneHotCategorical):
+        return output.logits, None
+    if not isinstance(output, Tensor | distributions.Distribution):
+        if isinstance(output, Mapping) and "logits" in output:
+            output = output["logits"]
+        elif hasattr(output, "logits"):
+            output = output.logits
+        elif isinstance(output, tuple) and output:
+            output = output[0]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        got = f"a tensor in {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            "model: expected an output that is a floating-point tensor, a tuple that begins with one, a mapping or an "
+            f"object with logits, a Normal or a Categorical, got {got}."
+        )
+    return output, None

@@ -16,16 +16,18 @@ from gpytorch.models.deep_gps import DeepGP
 from gpytorch.models.model_list import AbstractModelList
 from linear_operator import LinearOperator
 from linear_operator.operators import RootLinearOperator, SumLinearOperator
-from torch import Tensor, distributions, nn
+from torch import Tensor, nn
 
 from gpseq.checks import check_count, stacklevel_outside
+from gpseq.logits import network_output
 from gpseq.nn.generator import undisturbed, use_generator
 from gpseq.nn.projection import ProjectedAttention
+from gpseq.nn.temperature import recording, temperature
 from gpseq.predictive import Predictive
 from gpseq.variational.whitened_points import WhitenedPointsStrategy
 
 #: What :func:`predict` can do.
-METHODS = ("sample", "moments")
+METHODS = ("sample", "moments", "variance_temperature")
 #: Inputs that torch's layers give to pairs of positions, not to elements of the batch.
 PAIR_MASKS = ("attn_mask", "mask", "src_mask", "tgt_mask", "memory_mask")
 
@@ -49,7 +51,9 @@ def predict(
     ``"sample"`` draws. A Gaussian process draws functions, joint over the points. Any other module is called once on
     the batch repeated ``num_samples`` times, so that what depends on parameters alone is computed once; its layers draw
     anew for every copy. ``"moments"`` is one pass: a Gaussian process gives its posterior, and a module with
-    ``conditional(x, **inputs) -> (mean, covariance)`` what that returns.
+    ``conditional(x, **inputs) -> (mean, covariance)`` what that returns. ``"variance_temperature"`` is one pass without
+    draws: logits are divided by a temperature that the variances of the layers ask for, see
+    :func:`gpseq.nn.calibrate`.
 
     The model is in eval mode meanwhile, and every submodule is in its own mode again at the end. Gradients flow unless
     the caller turned them off. What the layers of ``gpseq.nn`` and the strategies of sparse-GP attention remember of
@@ -61,7 +65,7 @@ def predict(
             ``(B, ..., E)`` as a tensor, first in a tuple, as ``logits`` of a mapping or an object, or as a ``Normal``
             or ``Categorical``.
         x: a tensor, or a mapping of arguments, ``model(**x)``.
-        method: ``"sample"`` or ``"moments"``.
+        method: ``"sample"``, ``"moments"`` or ``"variance_temperature"``.
         num_samples: S, number of draws.
         generator: where they come from, for Gaussian processes and the layers of ``gpseq.nn``; ``None`` is torch's
             default generator. Other layers that draw use the default one in any case.
@@ -82,11 +86,15 @@ def predict(
             size; of three dimensions, those masks are repeated in groups, one for each head.
 
     Returns:
-        The prediction; a network's draws are ``(S, B, ..., E)``, where an output without a last dimension E, ``(B,)``,
-        gets one of size 1. For a Gaussian process the n points are the event, see
+        The prediction. That by a temperature has the scores ``"temperature"``, ``"variance"`` (the mean over layers
+        and heads, relative to the data that covariances were fitted to), both ``(B,)``, and ``"variance.NAME"`` for
+        each layer, ``(B, H)``; for logits of tokens, ``(B, T, classes)``, tokens have their own. A network's draws are
+        ``(S, B, ..., E)``, where an output without a last dimension E, ``(B,)``, gets one of size 1. For a Gaussian
+        process the n points are the event, see
         :meth:`~gpseq.predictive.Predictive.pointwise`.
 
     Raises:
+        RuntimeError: ``"variance_temperature"`` for a model without fitted covariances or calibrated temperature.
         TypeError: the model, its output, x or the likelihood is of a kind that this cannot handle.
         ValueError: an unknown method, x without elements, sizes that do not fit, or a ``batch_dim`` that is not that of
             the layer.
@@ -121,9 +129,11 @@ def predict(
             result = _from_process(call.run(model), batch_size, likelihood)
         elif method == "sample":
             result = _draw(model, call, num_samples, batch_size, likelihood)
+        elif method == "variance_temperature":
+            result = _temper(model, call, batch_size, likelihood)
         else:
             result = _conditional(model, call, batch_size, likelihood)
-    if method == "moments" or result.samples is not None:
+    if method != "sample" or result.samples is not None:
         return result
     return Predictive.from_samples(
         result.rsample(num_samples, generator), noise=result.noise, event_dim=result.event_dim
@@ -311,7 +321,7 @@ def _draw(
         output = piece.repeated(num_samples).run(model)
         if isinstance(output, MultivariateNormal):  # joint over points: copies of them would be the same draw
             return _from_process(call.run(model), batch_size, likelihood)
-        values, noise = _values(output)
+        values, noise = network_output(output)
         samples, axis = _split(values, num_samples, piece)
         if noise is not None:
             if likelihood is not None:
@@ -320,6 +330,39 @@ def _draw(
         elif likelihood is not None:
             noise = _noise(likelihood, samples)
         results.append(Predictive.from_samples(samples, noise=noise))
+    return Predictive.cat(results, axis) if len(results) > 1 else results[0]
+
+
+def _temper(model: nn.Module, call: _Call, batch_size: int | None, likelihood: Likelihood | None) -> Predictive:
+    """Logits over the temperature that the variances of the layers ask for."""
+    if likelihood is not None:
+        raise TypeError("likelihood: expected none beside a temperature, which is for logits, got one.")
+    results = []
+    for piece in call.pieces(batch_size):
+        with recording(model) as record:
+            logits, noise = network_output(piece.run(model))
+        if noise is not None:
+            raise TypeError("model: expected logits for method 'variance_temperature', got a Normal.")
+        logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
+        axis = _output_axis(logits, piece.size, piece.batch_dim)
+        if logits.dim() > 3:
+            raise ValueError(
+                f"model: expected logits (B, classes) or (B, T, classes) for method 'variance_temperature', got "
+                f"{tuple(logits.shape)}."
+            )
+        per_token = logits.dim() == 3
+        scores = record.scores(per_token)
+        tau = temperature(model, scores)
+        if tau.movedim(0, axis).shape != logits.shape[:-1]:
+            raise ValueError(
+                f"model: expected logits for each of the {tau.shape[-1]} tokens that its layers see, got "
+                f"{tuple(logits.shape)}."
+            )
+        named = {f"variance.{name}": score for name, score in scores.items()}
+        named |= {"variance": torch.stack([s.mean(-1) for s in scores.values()]).mean(0), "temperature": tau}
+        named = {name: score.movedim(0, axis) for name, score in named.items()}
+        tempered = logits / named["temperature"].unsqueeze(-1).to(logits.dtype)
+        results.append(Predictive.from_samples(tempered.unsqueeze(0), scores=named))
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
 
 
@@ -393,30 +436,6 @@ def _from_process(output: Any, batch_size: int | None, likelihood: Likelihood | 
         )
     noise = None if likelihood is None else _noise(likelihood, output.mean)
     return Predictive.from_distribution(output, noise=noise)
-
-
-def _values(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Logits or values in what a network returned, and their noise variances if it says so."""
-    if isinstance(output, distributions.Independent):
-        return _values(output.base_dist)
-    if isinstance(output, distributions.Normal):
-        return output.mean, output.variance
-    if isinstance(output, distributions.Categorical | distributions.OneHotCategorical):
-        return output.logits, None
-    if not isinstance(output, Tensor | distributions.Distribution):
-        if isinstance(output, Mapping) and "logits" in output:
-            output = output["logits"]
-        elif hasattr(output, "logits"):
-            output = output.logits
-        elif isinstance(output, tuple) and output:
-            output = output[0]
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        got = f"a tensor in {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(
-            "model: expected an output that is a floating-point tensor, a tuple that begins with one, a mapping or an "
-            f"object with logits, a Normal or a Categorical, got {got}."
-        )
-    return output, None
 
 
 def _output_axis(value: Tensor, size: int, batch_dim: int) -> int:

@@ -747,7 +747,11 @@ class NotGaussian(gpytorch.models.GP):
     ("ask", "error", "message"),
     [
         (lambda m, x: predict(m.forward, x), TypeError, "model: expected a torch module, got method"),
-        (lambda m, x: predict(m, x, "mean"), ValueError, "method: expected one of sample, moments, got 'mean'"),
+        (
+            lambda m, x: predict(m, x, "mean"),
+            ValueError,
+            "method: expected one of sample, moments, variance_temperature, got 'mean'",
+        ),
         (lambda m, x: predict(m, x, num_samples=0), ValueError, "num_samples: expected at least 1, got 0"),
         (lambda m, x: predict(m, x, num_samples=2.0), TypeError, "num_samples: expected an integer"),
         (lambda m, x: predict(m, x, batch_size=0), ValueError, "batch_size: expected at least 1"),

@@ -21,7 +21,7 @@ from gpseq.sgpa.arguments import check_choice
 from gpseq.sgpa.basis import exponential_factor, inducing_basis, inducing_kl
 from gpseq.sgpa.decoupled import decoupled_posterior
 from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
-from gpseq.sgpa.inducing import inducing_features, inducing_posterior
+from gpseq.sgpa.inducing import inducing_features
 from gpseq.sgpa.masks import removes
 from gpseq.sgpa.posterior import AttentionPosterior
 from gpseq.sgpa.scales import scale_root
@@ -268,11 +268,25 @@ class SGPAttention(GaussianAttention):
         root = None if full else self._explained_root(heads, post.factor)
         return heads_distribution(post, root, batched)
 
+    def moments(self, tokens: Tokens, output: str = "diagonal") -> AttentionPosterior:
+        """Posterior of the heads at the tokens of a call.
+
+        Args:
+            tokens: of the call.
+            output: ``"diagonal"``, ``"full"`` or ``"mean"``.
+        """
+        return self._posterior(tokens, output)[0]
+
     def marginals(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Mean and marginal variances of the heads; see the base class."""
-        post, _, _ = self._posterior(tokens, "diagonal")
+        post = self.moments(tokens)
         assert post.variance is not None
         return post.mean, post.variance
+
+    def kernel_options(self) -> dict[str, Any]:
+        """What :meth:`gpseq.nn.inducing.InducingKeys.posterior` has to know of the layer."""
+        weight, bias = self._key_projection()
+        return {"kernel": self.kernel, "jitter": self.jitter, "weight": weight, "bias": bias}
 
     def kl_divergence(self, num_data: int | None = None, convention: str | None = None) -> Tensor:
         r"""What the layer's posterior costs: the divergence of what the last call saw, in nats.
@@ -385,17 +399,7 @@ class SGPAttention(GaussianAttention):
             self.project_value(tokens.value),
         )
         mean, weights = softmax_attention(query, key, value, tokens)
-        inducing = self.inducing
-        post = inducing_posterior(
-            query,
-            inducing.key(*self._key_projection()),
-            inducing.value,
-            inducing.scale,
-            *self._kernel_parameters(),
-            kernel=self.kernel,
-            jitter=self.jitter,
-            output=output,
-        )
+        post = self.inducing.posterior(query, **self.kernel_options(), output=output)
         return post._replace(mean=mean + post.mean), query, weights
 
     def _draw(self, post: AttentionPosterior, query: Tensor) -> Tensor:

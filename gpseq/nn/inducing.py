@@ -8,6 +8,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from gpseq.sgpa.inducing import inducing_posterior
+from gpseq.sgpa.posterior import AttentionPosterior
 from gpseq.sgpa.scales import DiagonalScale, LowRankScale, Scale
 
 #: How the whitened covariance of the inducing variables is stored.
@@ -26,7 +28,14 @@ class InducingKeys(nn.Module):
         log_diagonal: logarithm of the diagonal of the whitened factor, ``(H, D, M)`` or ``(H, 1, M)``.
         lower: its entries below the diagonal, ``(H, D, M, M)`` or ``(H, 1, M, M)``; ``None`` unless full.
         root: ``(H, D, M, R)``; ``None`` unless low rank.
+        typical_variance: a buffer, the mean variance on the tokens that the covariance was fitted to, ``(H,)``; zeros
+            before that, see :func:`gpseq.nn.fit_covariance`.
+        temperature: a buffer, the layer's part (a, b) of the squared temperature, ``(2,)``; zeros before
+            :func:`gpseq.nn.calibrate`.
     """
+
+    typical_variance: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -53,6 +62,8 @@ class InducingKeys(nn.Module):
         self.log_diagonal = empty(dims, num_inducing)
         self.lower = empty(dims, num_inducing, num_inducing) if full else None
         self.root = empty(dims, num_inducing, rank) if covariance == "low_rank" else None
+        self.register_buffer("typical_variance", torch.zeros(num_heads, device=device, dtype=dtype))
+        self.register_buffer("temperature", torch.zeros(2, device=device, dtype=dtype))
 
     def reset(self, lengthscale: float, variance: float) -> None:
         """Start at the prior: zero values, whitened covariance the identity, locations drawn from N(0, I).
@@ -71,6 +82,8 @@ class InducingKeys(nn.Module):
         if self.root is not None:
             # At zero a root has no gradient; this is near enough to the prior.
             nn.init.normal_(self.root, std=0.01)
+        nn.init.zeros_(self.typical_variance)
+        nn.init.zeros_(self.temperature)
 
     @property
     def scale(self) -> Scale:
@@ -91,10 +104,55 @@ class InducingKeys(nn.Module):
         Returns:
             ``(H, M, D)``.
         """
-        if weight is None:
-            return self.location
-        heads = self.location.shape[0]
-        # In the parameters' own precision: the divergence, asked for outside of autocast, is about the same keys.
-        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
-            key = self.location @ weight.unflatten(0, (heads, -1)).mT
-            return key if bias is None else key + bias.unflatten(0, (heads, -1)).unsqueeze(-2)
+        return project_keys(self.location, weight, bias)
+
+    def posterior(
+        self,
+        query: Tensor,
+        kernel: str,
+        jitter: float | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        output: str = "diagonal",
+    ) -> AttentionPosterior:
+        """Posterior of what the inducing keys alone know, see :func:`gpseq.sgpa.inducing_posterior`.
+
+        Args:
+            query: projected, ``(B, H, T, D)``.
+            kernel: ``"rbf"`` or ``"exponential"``.
+            jitter: relative; ``None`` fits the dtype.
+            weight: of the projection of locations, see :meth:`key`.
+            bias: likewise.
+            output: ``"diagonal"``, ``"full"`` or ``"mean"``.
+        """
+        return inducing_posterior(
+            query,
+            self.key(weight, bias),
+            self.value,
+            self.scale,
+            self.log_lengthscale.exp(),
+            self.log_variance.exp(),
+            kernel=kernel,
+            jitter=jitter,
+            output=output,
+        )
+
+
+def project_keys(location: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Inducing keys among the projected tokens, each head's by its own rows of the projection.
+
+    Args:
+        location: ``(H, M, embed_dim)``, or ``(H, M, D)`` where there is no weight.
+        weight: ``(H D, embed_dim)``, or ``None``.
+        bias: ``(H D,)`` or ``None``.
+
+    Returns:
+        ``(H, M, D)``.
+    """
+    if weight is None:
+        return location
+    heads = location.shape[0]
+    # In the parameters' own precision: the divergence, asked for outside of autocast, is about the same keys.
+    with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
+        key = location @ weight.unflatten(0, (heads, -1)).mT
+        return key if bias is None else key + bias.unflatten(0, (heads, -1)).unsqueeze(-2)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from inspect import signature
-from itertools import islice
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,13 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpseq.checks import check_count
-from gpseq.nn.attention import SGPAttention
-from gpseq.nn.residual import ResidualGP
+from gpseq.nn.capture import Layer, TokenSample, look_through
 from gpseq.sgpa.arguments import check_choice
-from gpseq.sgpa.masks import removes
 
 METHODS = ("kmeans++", "random")
-Layer = SGPAttention | ResidualGP
 
 
 def init_inducing(
@@ -67,6 +61,7 @@ def init_inducing(
         Arthur and Vassilvitskii (2007), k-means++, its seeding.
 
     Example:
+        >>> from gpseq.nn import SGPAttention
         >>> layer = SGPAttention(8, 2, num_inducing=4, batch_first=True)
         >>> x = torch.randn(16, 5, 8)
         >>> _ = init_inducing(layer, [x], forward=lambda layer, x: layer(x, x, x))
@@ -74,36 +69,12 @@ def init_inducing(
         True
     """
     check_choice("method", method, METHODS)
-    per_batch = -(-check_count("max_tokens", max_tokens) // check_count("num_batches", num_batches))
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SGPAttention | ResidualGP)}
-    if not layers:
-        raise ValueError(f"model: expected layers with inducing keys, got a {type(model).__name__} with none.")
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = _tokens(layer, signature(layer.forward).bind(*args, **kwargs).arguments)
-            kept = torch.randperm(len(tokens), generator=generator)[:per_batch]
-            seen[name].append(tokens[kept.to(tokens.device)].cpu())
-
-        return record
-
-    empty = True
-    with _quiet(model, layers.values()), torch.no_grad():
-        hooks = [layer.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, layer in layers.items()]
-        try:
-            for batch in islice(loader, num_batches):
-                empty = False
-                _call(model, batch, forward)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    if empty:
-        raise ValueError("loader: expected at least one batch, got none.")
-    silent = [name or "the model itself" for name, tokens in seen.items() if not tokens]
-    if silent:
-        raise RuntimeError(f"model: expected every layer to be called, {', '.join(silent)} was not.")
-    placed = {name: _place(name, layer, torch.cat(seen[name]), method, generator) for name, layer in layers.items()}
+    sample = TokenSample(max_tokens, check_count("num_batches", num_batches), generator)
+    layers = look_through(model, loader, sample.add, num_batches, forward)
+    placed = {
+        name: place(name, layer, sample.rows(name), sample.queries(name), method, generator)
+        for name, layer in layers.items()
+    }
     with torch.no_grad():
         for name, layer in layers.items():
             location, scale = placed[name]
@@ -144,31 +115,79 @@ def spread_tokens(points: Tensor, count: int, generator: torch.Generator | None 
     return torch.tensor(chosen)
 
 
-def _place(
-    name: str, layer: Layer, tokens: Tensor, method: str, generator: torch.Generator | None
+def centres(points: Tensor, count: int, generator: torch.Generator | None = None, steps: int = 10) -> Tensor:
+    r"""Which points belong together: k-means by Lloyd's iteration, from the seeding of :func:`spread_tokens`.
+
+    Args:
+        points: ``(n, D)``.
+        count: M, how many clusters.
+        generator: of the seeding; ``None`` is torch's default generator.
+        steps: of the iteration.
+
+    Returns:
+        Weights ``(M, n)`` of the points in the centres: ``weights @ points`` are those, and so are the centres of
+        whatever the points are linear in.
+
+    Raises:
+        ValueError: there are fewer distinct points.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [1.0], [8.0], [9.0]])
+        >>> (centres(points, 2) @ points).sort(0).values
+        tensor([[0.5000],
+                [8.5000]])
+    """
+    weights = F.one_hot(spread_tokens(points, count, generator), len(points)).to(points.dtype)
+    for _ in range(steps):
+        nearest = torch.cdist(points, weights @ points).argmin(-1)
+        members = F.one_hot(nearest, count).mT.to(points.dtype)
+        sizes = members.sum(-1, keepdim=True)
+        # Of centres that coincide all but one lose their points; they stay where they are.
+        weights = torch.where(sizes > 0, members / sizes.clamp_min(1.0), weights)
+    return weights
+
+
+def place(
+    name: str,
+    layer: Layer,
+    rows: Tensor,
+    queries: Tensor,
+    method: str,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Inducing keys ``(H, M, width)`` and length-scales ``(H,)`` of a layer from its tokens ``(n, [H,] width)``."""
+    """Inducing keys and length-scales of a layer from its tokens.
+
+    Args:
+        name: of the layer, for messages.
+        layer: for its kernel, and for M.
+        rows: what its keys are like, ``(n, embed_dim)`` or ``(n, H, D)``.
+        queries: the same tokens projected, ``(n, H, D)``.
+        method: one of ``METHODS``, or ``"kmeans"``, whose keys are means of tokens.
+        generator: of the draws.
+
+    Returns:
+        ``(H, M, embed_dim)`` or ``(H, M, D)``, and ``(H,)``.
+
+    Raises:
+        ValueError: there are too few distinct tokens.
+    """
     heads, count = layer.inducing.location.shape[:2]
-    projected = tokens
-    if tokens.dim() == 2:
-        assert isinstance(layer, SGPAttention)
-        weight, bias = layer.query_weight, layer.query_bias
-        projected = F.linear(tokens.to(weight), weight, bias).detach().cpu().unflatten(-1, (heads, -1))
     keys, scales = [], []
     for head in range(heads):
-        mine, source = projected[:, head], tokens if tokens.dim() == 2 else tokens[:, head]
+        mine, source = queries[:, head], rows if rows.dim() == 2 else rows[:, head]
         try:
-            if method == "kmeans++":
-                chosen = spread_tokens(mine, count, generator)
+            if method == "kmeans":
+                keys.append(centres(mine, count, generator).to(source.dtype) @ source)
+            elif method == "kmeans++":
+                keys.append(source[spread_tokens(mine, count, generator)])
             else:
                 distinct = _first_of_each(mine)
                 if len(distinct) < count:
                     raise ValueError(f"points: expected at least {count} distinct ones, got {len(distinct)}.")
-                chosen = distinct[torch.randperm(len(distinct), generator=generator)[:count]]
+                keys.append(source[distinct[torch.randperm(len(distinct), generator=generator)[:count]]])
             scales.append(_scale(mine, layer.kernel, generator))
         except ValueError as error:
             raise ValueError(f"loader: tokens of {name or 'the model'}: {error}") from error
-        keys.append(source[chosen])
     return torch.stack(keys), torch.stack(scales)
 
 
@@ -190,79 +209,3 @@ def _first_of_each(points: Tensor) -> Tensor:
     kind = torch.unique(points, dim=0, return_inverse=True)[1]
     first = torch.full((int(kind.max()) + 1,), len(points)).scatter_reduce(0, kind, torch.arange(len(points)), "amin")
     return first
-
-
-def _tokens(layer: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """The tokens that inducing keys are like, without padding: ``(n, embed_dim)`` or projected ``(n, H, D)``."""
-    if isinstance(layer, ResidualGP):
-        query, mask = call["query"], call.get("mask")
-        rows = query.transpose(1, 2)
-        return rows[_present(mask, query)]
-    assert isinstance(layer, SGPAttention)
-    inputs = [call[name] for name in ("query", "key")]
-    if inputs[0].is_nested:
-        rows = torch.cat(list(inputs[0].unbind())).unsqueeze(0)
-        present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-    else:
-        rows = inputs[0] if inputs[0].dim() == 3 else inputs[0].unsqueeze(0)
-        rows = rows if layer.batch_first or inputs[0].dim() == 2 else rows.transpose(0, 1)
-        present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        padding = call.get("key_padding_mask")
-        if padding is not None and rows.shape[1] == padding.shape[-1] and inputs[0] is inputs[1]:
-            present = ~removes(padding).view(present.shape)
-    if layer.inducing_space == "projected":
-        return layer.project_query(rows).transpose(1, 2)[present]
-    return rows[present]
-
-
-def _present(mask: Any, query: Tensor) -> Tensor:
-    """Which queries are no padding, ``(B, T)``: in self-attention padding is what nobody looks at."""
-    size, length = query.shape[0], query.shape[2]
-    present = torch.ones(size, length, dtype=torch.bool, device=query.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
-        return present
-    seen = mask if mask.dtype == torch.bool else mask > 0.5 * torch.finfo(mask.dtype).min
-    return present & seen.any(-2).any(1).expand(size, length)
-
-
-def _call(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> None:
-    first = next(model.parameters(), None)
-    batch = batch if first is None else _move(batch, first.device)
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Sequence) and len(batch):
-        model(batch[0])
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise TypeError(f"loader: expected tensors, sequences or mappings, got {type(batch).__name__}; see forward.")
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _move(value, device) for name, value in batch.items()}
-    return [_move(value, device) for value in batch] if isinstance(batch, tuple | list) else batch
-
-
-@contextmanager
-def _quiet(model: nn.Module, layers: Iterable[Layer]) -> Iterator[None]:
-    """Evaluation mode without draws; afterwards all is as before, but no layer remembers a call."""
-    layers = list(layers)
-    modes = {module: module.training for module in model.modules()}
-    draws = {layer: layer.sampling for layer in layers}
-    try:
-        model.eval()
-        for layer in layers:
-            layer.sampling = "mean"
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for layer in layers:
-            layer.sampling = draws[layer]
-            for name in (layer._transient - {"generator"}) & set(vars(layer)):
-                delattr(layer, name)  # divergences of other inducing keys, from now on

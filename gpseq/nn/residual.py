@@ -13,7 +13,6 @@ from gpseq.nn.generator import Draws
 from gpseq.nn.inducing import COVARIANCES, InducingKeys
 from gpseq.sgpa.arguments import check_choice
 from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
-from gpseq.sgpa.inducing import inducing_posterior
 from gpseq.sgpa.posterior import AttentionPosterior
 
 
@@ -121,18 +120,11 @@ class ResidualGP(Draws):
             raise ValueError(
                 f"query: expected shape (batch, {self.num_heads}, tokens, {self.head_dim}), got {tuple(query.shape)}."
             )
-        inducing = self.inducing
-        return inducing_posterior(
-            query,
-            inducing.location,
-            inducing.value,
-            inducing.scale,
-            inducing.log_lengthscale.exp(),
-            inducing.log_variance.exp(),
-            kernel=self.kernel,
-            jitter=self.jitter,
-            output=output,
-        )
+        return self.inducing.posterior(query, **self.kernel_options(), output=output)
+
+    def kernel_options(self) -> dict[str, Any]:
+        """What :meth:`gpseq.nn.inducing.InducingKeys.posterior` has to know of the layer."""
+        return {"kernel": self.kernel, "jitter": self.jitter}
 
     def forward(self, query: Tensor, heads: Tensor, mask: Tensor | None = None) -> Tensor:
         """Add a draw of the GP to heads of attention.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -121,6 +122,82 @@ def is_replaced(module: nn.Module) -> bool:
     return isinstance(module, ProjectedAttention) or any(isinstance(child, ResidualGP) for child in module.children())
 
 
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Take back a replacement if something fails after it.
+
+    Args:
+        model: any module; what of it an exception brings back are its submodules, torch's flag for nested tensors, and
+            the settings of configurations such as those of transformers.
+    """
+    modules = list(model.modules())
+    children = [dict(module._modules) for module in modules]
+    nested = [(m, m.use_nested_tensor) for m in modules if isinstance(m, nn.TransformerEncoder)]
+    configs = {
+        id(config): config for m in modules for config in [getattr(m, "config", None)] if hasattr(config, "__dict__")
+    }
+    settings = [(config, dict(vars(config))) for config in configs.values()]
+    try:
+        yield
+    except BaseException:
+        for module, before in zip(modules, children, strict=True):
+            module._modules.clear()
+            module._modules.update(before)
+        for encoder, flag in nested:
+            encoder.use_nested_tensor = flag
+        for config, before in settings:
+            vars(config).clear()
+            vars(config).update(before)
+        raise
+
+
+def matching(layers: Layers, candidates: Sequence[str], names: Mapping[str, nn.Module] | None = None) -> list[str]:
+    """Names that a pattern picks.
+
+    Args:
+        layers: ``"all"``, ``"last"``, a pattern with ``*`` and ``?``, a compiled regular expression, or a sequence of
+            patterns.
+        candidates: names to pick from.
+        names: all modules of the model, for messages.
+
+    Returns:
+        In the order of the candidates.
+
+    Raises:
+        TypeError: ``layers`` is of another kind.
+        ValueError: a pattern matches none.
+
+    Example:
+        >>> matching("*.1.*", ["layers.0.self_attn", "layers.1.self_attn"])
+        ['layers.1.self_attn']
+    """
+    if isinstance(layers, str) and layers == "all":
+        return list(candidates)
+    if isinstance(layers, str) and layers == "last":
+        return list(candidates[-1:])
+    names = names or {}
+    if isinstance(layers, re.Pattern):
+        tests: list[Callable[[str], Any]] = [layers.search]
+    elif isinstance(layers, str):
+        tests = [lambda name: fnmatchcase(name, layers)]
+    elif isinstance(layers, Sequence) and layers and all(isinstance(pattern, str) for pattern in layers):
+        tests = [lambda name, pattern=pattern: fnmatchcase(name, pattern) for pattern in layers]  # type: ignore[misc]
+    else:
+        raise TypeError(
+            f"layers: expected 'all', 'last', a pattern, a compiled regular expression or a sequence of patterns, got "
+            f"{layers!r}."
+        )
+    shown = list(layers) if not isinstance(layers, str | re.Pattern) else [layers]
+    for pattern, test in zip(shown, tests, strict=True):
+        if not any(test(name) for name in candidates):
+            others = [name for name in names if test(name)]
+            hit = f"which matches {_kinds(others, names)} only" if others else "which matches nothing"
+            raise ValueError(
+                f"layers: expected a pattern that matches attention, of {_list(candidates)}, got {pattern!r}, {hit}."
+            )
+    return [name for name in candidates if any(test(name) for test in tests)]
+
+
 def swap(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put modules in the places of others, wherever those stand.
 
@@ -188,30 +265,7 @@ def _choose(
             f"model: expected attention to replace, of {', '.join(_HOSTS)}, got {found or 'none'} among modules of "
             f"types {', '.join(other[:20])}{before}.{_hint(names, names)}"
         )
-    if isinstance(layers, str) and layers == "all":
-        return candidates
-    if isinstance(layers, str) and layers == "last":
-        return candidates[-1:]
-    if isinstance(layers, re.Pattern):
-        tests: list[Callable[[str], Any]] = [layers.search]
-    elif isinstance(layers, str):
-        tests = [lambda name: fnmatchcase(name, layers)]
-    elif isinstance(layers, Sequence) and layers and all(isinstance(pattern, str) for pattern in layers):
-        tests = [lambda name, pattern=pattern: fnmatchcase(name, pattern) for pattern in layers]  # type: ignore[misc]
-    else:
-        raise TypeError(
-            f"layers: expected 'all', 'last', a pattern, a compiled regular expression or a sequence of patterns, got "
-            f"{layers!r}."
-        )
-    shown = list(layers) if not isinstance(layers, str | re.Pattern) else [layers]
-    for pattern, test in zip(shown, tests, strict=True):
-        if not any(test(name) for name in candidates):
-            others = [name for name in names if test(name)]
-            hit = f"which matches {_kinds(others, names)} only" if others else "which matches nothing"
-            raise ValueError(
-                f"layers: expected a pattern that matches attention, of {_list(candidates)}, got {pattern!r}, {hit}."
-            )
-    return [name for name in candidates if any(test(name) for test in tests)]
+    return matching(layers, candidates, names)
 
 
 def _unknown(names: Mapping[str, nn.Module], known: set[str]) -> list[str]:
