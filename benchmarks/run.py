@@ -20,6 +20,7 @@ CASES = ("solar", "throughput", "conditioning", "covariance", "stretching", "ser
 CASES += ("counts", "moons", "memories", "adaptive", "paths", "learning")
 CASES += ("experiments_series", "experiments_tables", "experiments_counts", "experiments_moons")
 CASES += ("space_time", "fleet", "digits", "fantasies", "drift", "attention")
+CASES += ("fashion", "intents", "agreement", "sentiment")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -10,6 +10,7 @@ from gpseq.nn.generator import use_generator
 from gpseq.nn.kep import KEPAttention
 from gpseq.nn.objective import linear_annealing, variational_loss
 from gpseq.nn.placement import init_inducing
+from gpseq.nn.refitting import CovarianceRefit
 from gpseq.nn.rff import RFFAttention
 from gpseq.nn.sampling import use_sampling
 from gpseq.nn.surgery import replace_attention
@@ -18,6 +19,7 @@ from gpseq.nn.transformer import SGPATransformerEncoder, SGPATransformerEncoderL
 __all__ = [
     "Calibration",
     "ConversionWarning",
+    "CovarianceRefit",
     "Diagnosis",
     "KEPAttention",
     "LayerDiagnosis",

@@ -23,15 +23,18 @@ from gpseq.nn.temperature import recording
 IGNORED = -100
 #: Squared temperatures stay between these; a set without an error asks for none, and would get 0.
 LEAST, MOST = 1e-4, 1e4
+#: Powers of the variance that are tried.
+POWERS = (2, 4)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    r"""A temperature of logits, :math:`\tau^2 = a + b\, \overline{v_l^2}`, and what it brought on the data of the fit.
+    r"""A temperature of logits, :math:`\tau^2 = a + b\, \overline{v_l^p}`, and what it brought on the data of the fit.
 
     Attributes:
         a: what every input gets.
         b: what it gets for its variances; 0 if they say nothing about errors.
+        power: p, 2 or 4.
         nlpd: negative log likelihood of a label, in nats.
         nlpd_temperature: with the best single temperature.
         nlpd_before: without any.
@@ -40,6 +43,7 @@ class Calibration:
 
     a: float
     b: float
+    power: int
     nlpd: float
     nlpd_temperature: float
     nlpd_before: float
@@ -55,11 +59,12 @@ def calibrate(
 ) -> Calibration:
     r"""Fit the two scalars of ``gpseq.predict(model, x, method="variance_temperature")`` to held-out labels.
 
-    .. math:: p(y \mid x) = \mathrm{softmax}(z / \tau), \qquad \tau^2 = a + \frac{b}{L} \sum_{l=1}^L v_l(x)^2
+    .. math:: P(y \mid x) = \mathrm{softmax}(z / \tau), \qquad \tau^2 = a + \frac{b}{L} \sum_{l=1}^L v_l(x)^p
 
     where :math:`v_l` is the variance of layer l, the mean over tokens and heads, relative to its mean on the data that
-    :func:`gpseq.nn.fit_covariance` saw. a and b minimise the negative log likelihood; b is 0 if that is no better. One
-    pass over the data gives logits and variances; classes with the highest probability stay the same.
+    :func:`gpseq.nn.fit_covariance` saw. a and b minimise the negative log likelihood, for the p of 2 and 4 that does
+    it better; b is 0 if that is no worse. One pass over the data gives logits and variances; classes with the highest
+    probability stay the same.
 
     The numbers are kept in the layers, and so in the ``state_dict``. The data have to be others than those of the
     training, on which a network is too sure. What they do not show, such as how wrong the model is far away from them,
@@ -100,7 +105,7 @@ def calibrate(
     """
     named = layers_with_keys(model)
     chosen = matching(layers, list(named))
-    logits, labels, levels = [], [], []
+    logits, labels, variances = [], [], []
     with evaluating(model), undisturbed(model), torch.no_grad():
         for batch in loader:
             with recording(model) as record:
@@ -109,30 +114,30 @@ def calibrate(
             if y.shape != z.shape[:-1] or z.dim() not in (2, 3):
                 raise ValueError(f"loader: expected labels for logits of shape {tuple(z.shape)}, got {tuple(y.shape)}.")
             scores = record.scores(per_token=z.dim() == 3)
-            level = torch.stack([scores[name].mean(-1).square() for name in chosen], -1).mean(-1)
-            if level.shape != y.shape:
-                raise ValueError(f"model: expected logits for each of the {level.shape[1]} tokens, got {z.shape[1]}.")
+            variance = torch.stack([scores[name].mean(-1) for name in chosen], -1)
+            if variance.shape[:-1] != y.shape:
+                raise ValueError(f"model: expected logits of the {variance.shape[1]} tokens, got {z.shape[1]}.")
             counts = y != IGNORED
             logits.append(z[counts].double())
             labels.append(y[counts])
-            levels.append(level[counts].double())
+            variances.append(variance[counts].double())
     if not labels:
         raise ValueError("loader: expected at least one batch, got none.")
-    fitted = fit_temperature(torch.cat(logits), torch.cat(labels), torch.cat(levels))
+    fitted = fit_temperature(torch.cat(logits), torch.cat(labels), torch.cat(variances))
     with torch.no_grad():
         for name, layer in named.items():
             share = 1 / len(chosen) if name in chosen else 0.0
-            layer.inducing.temperature.copy_(torch.tensor([fitted.a * share, fitted.b * share]))
+            layer.inducing.temperature.copy_(torch.tensor([fitted.a * share, fitted.b * share, fitted.power]))
     return fitted
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, level: Tensor) -> Calibration:
-    r"""The a > 0 and b >= 0 for which :math:`\mathrm{softmax}(z / \sqrt{a + b s})` is likeliest.
+def fit_temperature(logits: Tensor, labels: Tensor, variances: Tensor) -> Calibration:
+    r"""The a > 0, b >= 0 and p for which :math:`\mathrm{softmax}(z / \sqrt{a + b\, \overline{v_l^p}})` is likeliest.
 
     Args:
         logits: z, ``(n, classes)``.
         labels: ``(n,)``.
-        level: s, squared variances, ``(n,)``.
+        variances: v, ``(n, L)``.
 
     Returns:
         Scalars and likelihoods.
@@ -142,7 +147,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, level: Tensor) -> Calibratio
 
     Example:
         >>> z = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-        >>> fit_temperature(z, torch.tensor([0, 0, 1, 1]), torch.tensor([0.0, 0.0, 0.0, 0.0])).b  # nothing to learn
+        >>> fit_temperature(z, torch.tensor([0, 0, 1, 1]), torch.zeros(4, 1)).b  # nothing to learn
         0.0
     """
     if not len(labels):
@@ -151,29 +156,31 @@ def fit_temperature(logits: Tensor, labels: Tensor, level: Tensor) -> Calibratio
         raise ValueError(
             f"labels: expected 0 to {logits.shape[-1] - 1}, got {int(labels.min())} to {int(labels.max())}."
         )
-    if not level.isfinite().all():
-        raise ValueError("level: expected finite numbers, got others.")
+    if not variances.isfinite().all():
+        raise ValueError("variances: expected finite numbers, got others.")
     log_softmax(logits)  # refuses NaN and infinity
     # What is forbidden stays so at every temperature, but minus infinity has no derivative.
-    logits, level = logits.detach().double().clamp_min(-1e30), level.detach().double()
+    logits = logits.detach().double().clamp_min(-1e30)
 
-    def nlpd(a: Tensor, b: Tensor) -> Tensor:
+    def nlpd(a: Tensor, b: Tensor | float, level: Tensor) -> Tensor:
         tau = (a + b * level).clamp(LEAST, MOST).sqrt()
         return F.cross_entropy(logits / tau.unsqueeze(-1), labels)
 
-    zero = logits.new_zeros(())
-    before = nlpd(zero + 1, zero).item()
-    (single,) = _minimise(lambda t: nlpd(t[0].exp(), zero), logits.new_zeros(1)).exp()
-    candidates = [(nlpd(single, zero).item(), single, zero)]
-    if level.any():
+    nothing = logits.new_zeros(len(logits))
+    before = nlpd(logits.new_ones(()), 0.0, nothing).item()
+    (single,) = _minimise(lambda t: nlpd(t[0].exp(), 0.0, nothing), logits.new_zeros(1)).exp()
+    plain = nlpd(single, 0.0, nothing).item()
+    found = [(plain, float(single), 0.0, POWERS[0])]
+    for power in POWERS if variances.any() else ():
+        level = variances.detach().double().pow(power).mean(-1)
         # Starts: half of the squared temperature for everybody, half for the variances; and mostly the latter.
         for share in (0.5, 0.9):
             start = torch.stack([single * (1 - share), single * share / level.mean()]).log()
-            a, b = _minimise(lambda t: nlpd(*t.exp()), start).exp()
-            candidates.append((nlpd(a, b).item(), a, b))
-    # Numerically equal minima: the simpler one.
-    best = min(candidates, key=lambda c: (round(c[0], 9), float(c[2])))
-    return Calibration(float(best[1]), float(best[2]), best[0], candidates[0][0], before, len(labels))
+            a, b = _minimise(lambda t, s=level: nlpd(t[0].exp(), t[1].exp(), s), start).exp()  # type: ignore[misc]
+            found.append((nlpd(a, b, level).item(), float(a), float(b), power))
+    # Of minima that are equal but for rounding, the simpler one.
+    best = min(found, key=lambda f: (round(f[0], 9), f[3], f[2]))
+    return Calibration(best[1], best[2], best[3], best[0], plain, before, len(labels))
 
 
 def calibrate_noise(

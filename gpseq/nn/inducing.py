@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from gpseq.nn.projection import may_look
 from gpseq.sgpa.inducing import inducing_posterior
 from gpseq.sgpa.posterior import AttentionPosterior
 from gpseq.sgpa.scales import DiagonalScale, LowRankScale, Scale
@@ -30,8 +31,8 @@ class InducingKeys(nn.Module):
         root: ``(H, D, M, R)``; ``None`` unless low rank.
         typical_variance: a buffer, the mean variance on the tokens that the covariance was fitted to, ``(H,)``; zeros
             before that, see :func:`gpseq.nn.fit_covariance`.
-        temperature: a buffer, the layer's part (a, b) of the squared temperature, ``(2,)``; zeros before
-            :func:`gpseq.nn.calibrate`.
+        temperature: a buffer, the layer's part (a, b) of the squared temperature and the power of its variance,
+            ``(3,)``; zeros before :func:`gpseq.nn.calibrate`.
     """
 
     typical_variance: Tensor
@@ -63,7 +64,7 @@ class InducingKeys(nn.Module):
         self.lower = empty(dims, num_inducing, num_inducing) if full else None
         self.root = empty(dims, num_inducing, rank) if covariance == "low_rank" else None
         self.register_buffer("typical_variance", torch.zeros(num_heads, device=device, dtype=dtype))
-        self.register_buffer("temperature", torch.zeros(2, device=device, dtype=dtype))
+        self.register_buffer("temperature", torch.zeros(3, device=device, dtype=dtype))
 
     def reset(self, lengthscale: float, variance: float) -> None:
         """Start at the prior: zero values, whitened covariance the identity, locations drawn from N(0, I).
@@ -125,7 +126,16 @@ class InducingKeys(nn.Module):
             bias: likewise.
             output: ``"diagonal"``, ``"full"`` or ``"mean"``.
         """
-        return inducing_posterior(
+        tokens = query.shape[-2]
+        if (
+            output == "mean"
+            and tokens
+            and not torch.is_grad_enabled()
+            and may_look(self.value)
+            and not self.value.any()
+        ):
+            query = query[..., :1, :]  # one token for the divergence: the mean is zero at all of them
+        post = inducing_posterior(
             query,
             self.key(weight, bias),
             self.value,
@@ -135,6 +145,9 @@ class InducingKeys(nn.Module):
             kernel=kernel,
             jitter=jitter,
             output=output,
+        )
+        return (
+            post if query.shape[-2] == tokens else post._replace(mean=post.mean.expand(*query.shape[:-2], tokens, -1))
         )
 
 

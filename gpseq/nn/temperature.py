@@ -76,9 +76,9 @@ def recording(model: nn.Module) -> Iterator[VarianceRecord]:
 def temperature(model: nn.Module, scores: dict[str, Tensor]) -> Tensor:
     r"""Temperature that the variances of an input ask for.
 
-    .. math:: \tau = \sqrt{\sum_l a_l + b_l v_l^2}, \qquad v_l = \frac1H \sum_h v_{lh}
+    .. math:: \tau = \sqrt{\sum_l a_l + b_l v_l^p}, \qquad v_l = \frac1H \sum_h v_{lh}
 
-    With a and b divided among L layers that is :math:`a + b\, \overline{v_l^2}`.
+    With a and b divided among L layers that is :math:`a + b\, \overline{v_l^p}`.
 
     Args:
         model: that was calibrated.
@@ -91,8 +91,8 @@ def temperature(model: nn.Module, scores: dict[str, Tensor]) -> Tensor:
         RuntimeError: the model was not calibrated.
     """
     layers = layers_with_keys(model)
-    parts = torch.stack([layers[name].inducing.temperature for name in scores])  # (L, 2)
+    parts = torch.stack([layers[name].inducing.temperature for name in scores])  # (L, 3)
     levels = torch.stack([score.mean(-1) for score in scores.values()], -1)  # (..., L)
     if not (parts[:, 0] > 0).any():
         raise RuntimeError("model: expected one whose temperature was calibrated; call gpseq.nn.calibrate first.")
-    return (parts[:, 0].sum() + levels.square() @ parts[:, 1]).sqrt()
+    return (parts[:, 0].sum() + levels.pow(parts[:, 2]) @ parts[:, 1]).sqrt()

@@ -68,6 +68,10 @@ def inducing_posterior(
     check_tokens(query, query, query)
     check_kernel(query, lengthscale, variance)
     check_inducing(query, inducing_value, inducing_key, inducing_value, inducing_scale_tril)
+    shape = query.shape
+    if output != "full":
+        # Tokens know nothing of each other here: one long sequence a head, so that keys are not copied for the batch.
+        query = query.movedim(-3, 0).flatten(1, -2)
     with without_autocast(query):
         basis = inducing_basis(inducing_key, lengthscale, variance, query, jitter, output=output)
         dtype = basis.key.dtype
@@ -81,7 +85,12 @@ def inducing_posterior(
         features = basis.whitening.features(cross)
         spread, covariance = inducing_spread(basis, q, features, inducing_scale_tril, factor, output)
         kl = inducing_kl(basis, v_g, inducing_scale_tril)
-    free = torch.zeros(*query.shape[:-2], kl.shape[-1], dtype=dtype, device=query.device)
+    if output != "full":
+        tokens = (*shape[:-3], shape[-2])
+        mean = mean.unflatten(1, tokens).movedim(0, -3)
+        spread = None if spread is None else spread.unflatten(-1, tokens).movedim((0, 1), (-3, -2))
+        factor = None if factor is None else factor.unflatten(1, tokens).movedim(0, -3)
+    free = torch.zeros(*shape[:-2], kl.shape[-1], dtype=dtype, device=query.device)
     return round_posterior(AttentionPosterior(mean, spread, covariance, kl, free, None, factor), query)
 
 

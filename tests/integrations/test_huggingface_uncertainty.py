@@ -84,7 +84,7 @@ def test_the_temperature_of_a_token_knows_nothing_of_the_future(name):
     model = MODELS[name]().eval()
     data = batches(name)
     for layer in layers_with_keys(fit_covariance(model, data, num_inducing=6)).values():
-        layer.inducing.temperature.copy_(torch.tensor([0.2, 0.1]))
+        layer.inducing.temperature.copy_(torch.tensor([0.2, 0.1, 2.0]))
     ids = data[0]["input_ids"]
     other = ids.clone()
     other[:, 4:] = torch.randint(1, 40, (SIZE, 3))

@@ -44,40 +44,44 @@ def fitted(x, y, **options):
     return model
 
 
-def set_temperature(model, a, b):
+def set_temperature(model, a, b, power):
     layers = layers_with_keys(model)
     for layer in layers.values():
-        layer.inducing.temperature.copy_(torch.tensor([a, b]) / len(layers))
+        layer.inducing.temperature.copy_(torch.tensor([a / len(layers), b / len(layers), power]))
 
 
-def generated(n, a, b, seed, classes=4):
-    """Labels drawn with the temperature that levels ask for."""
+def generated(n, a, b, seed, classes=4, power=2):
+    """Labels drawn with the temperature that variances ask for."""
     g = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(n, classes, generator=g, dtype=torch.float64)
     level = torch.randn(n, generator=g, dtype=torch.float64).square() + 0.2
     probs = F.softmax(logits / (a + b * level).sqrt().unsqueeze(-1), -1)
-    return logits, torch.multinomial(probs, 1, generator=g).squeeze(-1), level
+    return logits, torch.multinomial(probs, 1, generator=g).squeeze(-1), level.pow(1 / power).unsqueeze(-1)
 
 
+@pytest.mark.parametrize("power", [2, 4])
 @pytest.mark.parametrize(("a", "b"), [(0.5, 2.0), (2.0, 0.3), (1.0, 0.0)])
-def test_scalars_that_made_the_labels_are_found(a, b):
-    found = fit_temperature(*generated(200_000, a, b, 0))
+def test_scalars_that_made_the_labels_are_found(a, b, power):
+    found = fit_temperature(*generated(200_000, a, b, 0, power=power))
+    assert found.power == power or not b
     assert found.a == pytest.approx(a, rel=0.15)
     assert found.b == pytest.approx(b, rel=0.15, abs=0.05)
 
 
 @given(seed=st.integers(0, 1000), a=st.floats(0.1, 4.0), b=st.floats(0.0, 4.0), n=st.integers(20, 200))
 def test_no_point_of_a_grid_is_better(seed, a, b, n):
-    logits, labels, level = generated(n, a, b, seed)
-    found = fit_temperature(logits, labels, level)
+    logits, labels, variances = generated(n, a, b, seed)
+    variances = torch.cat([variances, 2 * variances.flip(0)], -1)
+    found = fit_temperature(logits, labels, variances)
 
-    def nlpd(a, b):
-        return F.cross_entropy(logits / (a + b * level).clamp(1e-4, 1e4).sqrt().unsqueeze(-1), labels).item()
+    def nlpd(a, b, power):
+        tau = (a + b * (variances**power).mean(-1)).clamp(1e-4, 1e4).sqrt()
+        return F.cross_entropy(logits / tau.unsqueeze(-1), labels).item()
 
     grid = [10 ** (k / 2) for k in range(-6, 7)]
-    best = min(nlpd(a, b) for a, b in itertools.product(grid, [0.0, *grid]))
+    best = min(nlpd(a, b, power) for a, b, power in itertools.product(grid, [0.0, *grid], (2, 4)))
     assert found.nlpd <= best + 1e-6
-    assert found.nlpd == pytest.approx(nlpd(found.a, found.b), abs=1e-9)
+    assert found.nlpd == pytest.approx(nlpd(found.a, found.b, found.power), abs=1e-9)
     assert found.nlpd <= found.nlpd_temperature + 1e-9
     assert found.nlpd_temperature <= found.nlpd_before + 1e-9
     assert found.num_labels == n
@@ -104,7 +108,7 @@ def test_a_set_without_errors_gives_a_finite_temperature():
         (lambda z, y, s: (z[:0], y[:0], s[:0]), "at least one that counts"),
         (lambda z, y, s: (z, y + 7, s), "expected 0 to 3"),
         (lambda z, y, s: (z * torch.nan, y, s), "logits"),
-        (lambda z, y, s: (z, y, s * torch.inf), "level: expected finite"),
+        (lambda z, y, s: (z, y, s * torch.inf), "variances: expected finite"),
     ],
 )
 def test_what_cannot_be_fitted(change, words):
@@ -144,16 +148,16 @@ def slow_scores(model, x, padding=None):
     return found
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_predictions_by_the_formula(dtype, batch_first):
+@pytest.mark.parametrize(("batch_first", "power"), [(True, 2), (True, 4), (False, 4)])
+def test_predictions_by_the_formula(dtype, batch_first, power):
     x = torch.randn(30, 6, 8, dtype=dtype)
     x = x if batch_first else x.transpose(0, 1)
     model = fit_covariance(Model(dtype, batch_first), [x], num_inducing=8)
-    set_temperature(model, 0.7, 0.4)
+    set_temperature(model, 0.7, 0.4, power)
     p = predict(model, x, "variance_temperature", batch_dim=0 if batch_first else 1)
     scores = slow_scores(model, x)
     v = torch.stack([torch.stack([row.mean(-1) for row in rows]) for rows in scores.values()], -1)  # (B, H, L)
-    tau = (0.7 + 0.4 * v.mean(1).square().mean(-1)).sqrt()
+    tau = (0.7 + 0.4 * v.mean(1).pow(power).mean(-1)).sqrt()
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
     torch.testing.assert_close(p.scores["temperature"], tau, **close)
     torch.testing.assert_close(p.scores["variance"], v.mean((1, 2)), **close)
@@ -177,7 +181,7 @@ def test_tokens_have_temperatures_of_their_own(batch_first):
     rows = slow_scores(model, x)
     v = torch.stack([torch.stack(list(r)) for r in rows.values()], -1).mean(1)  # (B, T, L)
     parts = torch.stack([layer.inducing.temperature for layer in layers_with_keys(model).values()])
-    tau = (parts[:, 0].sum() + (v.square() * parts[:, 1]).sum(-1)).sqrt()
+    tau = (parts[:, 0].sum() + (v ** parts[0, 2] * parts[:, 1]).sum(-1)).sqrt()
     torch.testing.assert_close(p.scores["temperature"], tau if batch_first else tau.mT, rtol=1e-6, atol=1e-8)
 
 
@@ -234,11 +238,11 @@ def test_layers_that_were_not_chosen_do_not_count():
     model = fit_covariance(Model(), [x], num_inducing=8)
     found = calibrate(model, [(x, y)], layers="*.1.*")
     first, second = layers_with_keys(model).values()
-    assert first.inducing.temperature.tolist() == [0.0, 0.0]
-    assert second.inducing.temperature.tolist() == pytest.approx([found.a, found.b])
+    assert first.inducing.temperature.tolist()[:2] == [0.0, 0.0]
+    assert second.inducing.temperature.tolist() == pytest.approx([found.a, found.b, found.power])
     with pytest.raises(ValueError, match=r"layers: expected a pattern that matches attention.*got '\*\.7\.\*'"):
         calibrate(model, [(x, y)], layers="*.7.*")
-    assert second.inducing.temperature.tolist() == pytest.approx([found.a, found.b])
+    assert second.inducing.temperature.tolist() == pytest.approx([found.a, found.b, found.power])
 
 
 def test_one_logit_is_that_of_the_second_of_two_classes():

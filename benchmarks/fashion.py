@@ -1,0 +1,21 @@
+"""Fashion-MNIST: every contender of the uncertainty benchmarks, five seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.uncertainty.cases import run_case
+from benchmarks.uncertainty.reporting import report_case
+
+
+def run(smoke: bool) -> dict[str, Any]:
+    """Train, or take from the cache what was trained, and judge."""
+    from benchmarks.uncertainty.images import fashion
+
+    return run_case(fashion, smoke)
+
+
+def report(result: dict[str, Any], figures: Path) -> list[str]:
+    """Scores, detection, cost and goals."""
+    return report_case(result, figures, ["## Fashion-MNIST: how well does a vision transformer know its limits?"])

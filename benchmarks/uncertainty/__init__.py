@@ -1,0 +1,1 @@
+"""How well transformers know what they do not know: tasks, networks, contenders, and what is measured of them."""
