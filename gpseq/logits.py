@@ -166,3 +166,29 @@ def network_output(output: Any) -> tuple[Tensor, Tensor | None]:
             f"object with logits, a Normal or a Categorical, got {got}."
         )
     return output, None
+
+
+def class_logits(output: Any) -> Tensor:
+    """Logits of at least two classes in what a network returned; one logit is that of class 1 of two.
+
+    Args:
+        output: as for :func:`network_output`.
+
+    Returns:
+        ``(*batch, K)``, K at least 2.
+
+    Raises:
+        TypeError: it holds no logits: a ``Normal``, or a loss first.
+
+    Example:
+        >>> class_logits(torch.tensor([3.0, -1.0]))
+        tensor([[ 0.,  3.],
+                [ 0., -1.]])
+    """
+    values, noise = network_output(output)
+    if noise is not None:
+        raise TypeError("model: expected logits, got a Normal.")
+    if values.dim() == 0:
+        raise TypeError("model: expected logits, got a number; does its output begin with a loss?")
+    values = values.unsqueeze(-1) if values.dim() == 1 else values
+    return torch.cat([torch.zeros_like(values), values], -1) if values.shape[-1] == 1 else values

@@ -340,7 +340,8 @@ def _temper(model: nn.Module, call: _Call, batch_size: int | None, likelihood: L
     results = []
     for piece in call.pieces(batch_size):
         with recording(model) as record:
-            logits, noise = network_output(piece.run(model))
+            output = piece.run(model)
+        logits, noise = network_output(output)
         if noise is not None:
             raise TypeError("model: expected logits for method 'variance_temperature', got a Normal.")
         logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
@@ -350,18 +351,19 @@ def _temper(model: nn.Module, call: _Call, batch_size: int | None, likelihood: L
                 f"model: expected logits (B, classes) or (B, T, classes) for method 'variance_temperature', got "
                 f"{tuple(logits.shape)}."
             )
-        per_token = logits.dim() == 3
-        scores = record.scores(per_token)
+        scores = record.scores(per_token=logits.dim() == 3)
         tau = temperature(model, scores)
         if tau.movedim(0, axis).shape != logits.shape[:-1]:
             raise ValueError(
                 f"model: expected logits for each of the {tau.shape[-1]} tokens that its layers see, got "
                 f"{tuple(logits.shape)}."
             )
+        # In an encoder-decoder, tokens of the encoder are not those of the logits.
+        scores = {name: score for name, score in scores.items() if score.shape[:-1] == tau.shape}
         named = {f"variance.{name}": score for name, score in scores.items()}
         named |= {"variance": torch.stack([s.mean(-1) for s in scores.values()]).mean(0), "temperature": tau}
         named = {name: score.movedim(0, axis) for name, score in named.items()}
-        tempered = logits / named["temperature"].unsqueeze(-1).to(logits.dtype)
+        tempered = (logits / named["temperature"].unsqueeze(-1)).to(logits.dtype)
         results.append(Predictive.from_samples(tempered.unsqueeze(0), scores=named))
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
 

@@ -12,15 +12,15 @@ from gpseq.datasets.corruptions import CORRUPTIONS, corrupt
 
 
 def fashion(smoke: bool = False) -> Task:
-    """15,000 training images drawn from the whole set, 2,000 for validation, all 10,000 for the test.
+    """15,000 training images drawn from the whole set, 2,000 for validation, 5,000 of the test images.
 
-    Shifted: four corruptions at five severities of 500 test images. Out of distribution: 2,000 test digits. A smoke
+    Shifted: four corruptions at five severities of 250 test images. Out of distribution: 1,000 test digits. A smoke
     test takes small parts of the shipped subset.
 
     Raises:
         FileNotFoundError: the folder that ``GPSEQ_DATA`` names is not set or lacks the whole sets.
     """
-    sizes = (300, 50, 60, 15, 30) if smoke else (15_000, 2_000, 10_000, 500, 2_000)
+    sizes = (300, 50, 60, 15, 30) if smoke else (15_000, 2_000, 5_000, 250, 1_000)
     clothes, digits = (datasets.load_images(name, full=not smoke) for name in ("fashion_mnist", "mnist"))
     rows = torch.randperm(len(clothes), generator=torch.Generator().manual_seed(0))
     train, val = rows[: sizes[0]], rows[sizes[0] : sizes[0] + sizes[1]]
@@ -42,6 +42,8 @@ def fashion(smoke: bool = False) -> Task:
         ood={"MNIST": Part(_scaled(digits.x_test[outside]))},
         make=lambda attention: VisionTransformer(10, attention),
         epochs=1 if smoke else 12,
+        kinds=("softmax", "none", "sngp", "gp"),
+        seeds=3,
     )
 
 

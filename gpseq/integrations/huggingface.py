@@ -10,6 +10,7 @@ caches and grouped heads; attention weights are not returned.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpseq.nn.inducing import FITTED
 from gpseq.nn.objective import variational_loss
 from gpseq.nn.residual import ResidualGP
 from gpseq.nn.surgery import Host, register_host
@@ -25,6 +27,8 @@ from gpseq.nn.surgery import Host, register_host
 NAME = "gpseq"
 #: Under this name a Gaussian process hangs on an attention.
 CHILD = "residual_gp"
+#: What cross-attention is called in decoders.
+CROSS = re.compile("cross|encoder_attn|enc(oder)?_?dec", re.IGNORECASE)
 
 
 def gp_attention(
@@ -63,7 +67,8 @@ def load_pretrained(path: str | Path, model_class: type | None = None, **options
         options: further arguments of ``from_pretrained``.
 
     Returns:
-        The model, in evaluation mode as ``from_pretrained`` leaves it.
+        The model, in evaluation mode as ``from_pretrained`` leaves it. Where it was saved by a version without closed
+        forms of covariances, they count as not fitted.
 
     Raises:
         ValueError: the configuration has no settings of Gaussian processes, or none of the weights that belong to them.
@@ -91,12 +96,15 @@ def load_pretrained(path: str | Path, model_class: type | None = None, **options
         base.__init__(self, config, *args, **kwargs)
         for name, own in getattr(config, NAME)["layers"].items():
             module = _module(self, name)
-            module.add_module(CHILD, _make(module, own))
+            module.add_module(CHILD, _make(name, module, own))
 
     # A class that has the places for the weights before they are read: from_pretrained then does all the rest.
     grown: Any = type(base.__name__, (base,), {"__init__": construct, "__module__": base.__module__})
     model, report = grown.from_pretrained(path, config=config, output_loading_info=True, **options)
     missing = sorted(key for key in report["missing_keys"] if f".{CHILD}." in f".{key}")
+    for key in [key for key in missing if key.endswith(FITTED)]:  # of a time before these
+        model.get_submodule(key.rpartition(".")[0]).forget_fit()
+        missing.remove(key)
     if missing:
         raise ValueError(f"path: expected the weights of the Gaussian processes in {path}, {missing[0]} is missing.")
     model.__class__ = model_class
@@ -177,7 +185,7 @@ def _prepare(
                     "attention would not go together."
                 )
     settings = {name: value for name, value in options.items() if name != "mode"}
-    made = {name: _make(module, settings) for name, module in found.items()}
+    made = {name: _make(name, module, settings) for name, module in found.items()}
 
     def install(model: nn.Module) -> nn.Module:
         for name, module in found.items():
@@ -205,8 +213,8 @@ def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
     raise ValueError(f"model: expected {name or 'the attention'} inside a PreTrainedModel, whose masks it needs.")
 
 
-def _make(module: nn.Module, settings: Mapping[str, Any]) -> ResidualGP:
-    """A Gaussian process that fits an attention."""
+def _make(name: str, module: nn.Module, settings: Mapping[str, Any]) -> ResidualGP:
+    """A Gaussian process that fits an attention of some name."""
     config = getattr(module, "config", None)
 
     def first(*names: str) -> int | None:
@@ -221,7 +229,18 @@ def _make(module: nn.Module, settings: Mapping[str, Any]) -> ResidualGP:
         raise ValueError(f"model: expected attention that tells its heads and their width, {type(module).__name__}.")
     weight = next(module.parameters())
     gp = ResidualGP(heads, width, device=weight.device, dtype=weight.dtype, **settings)
+    gp.self_attention = not _is_cross(name, module)
     return gp.train(module.training)
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    """Whether an attention looks at other tokens than its queries, which the registry is not told."""
+    if isinstance(said := getattr(module, "is_cross_attention", None), bool):
+        return said
+    # Many classes serve as both. Of the name, what stands inside a block: a whole model may be a "cross-encoder".
+    parts = name.split(".")
+    inside = max((place + 1 for place, part in enumerate(parts) if part.isdigit()), default=max(len(parts) - 2, 0))
+    return bool(CROSS.search(type(module).__name__) or CROSS.search(".".join(parts[inside:])))
 
 
 def _switch(model: Any) -> None:
@@ -232,6 +251,10 @@ def _switch(model: Any) -> None:
     AttentionInterface.register(NAME, gp_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it masks are None, and padding leaks
     model.set_attn_implementation(NAME)
+    for module in model.modules():
+        # Models made of two others share their configurations with those, but not with the attention inside.
+        if hasattr(module, CHILD) and getattr(module, "config", None) is not None:
+            module.config._attn_implementation = NAME
 
 
 def _module(model: Any, name: str) -> nn.Module:

@@ -1,13 +1,14 @@
 """Gaussian-process layers for neural networks: plain ``torch.nn`` modules."""
 
 from gpseq.nn.attention import SGPAttention
-from gpseq.nn.calibration import Calibration, calibrate, calibrate_noise
+from gpseq.nn.calibration import Calibration, calibrate
 from gpseq.nn.conversion import ConversionWarning
 from gpseq.nn.covariance import fit_covariance
 from gpseq.nn.diagnosis import Diagnosis, LayerDiagnosis, diagnose
 from gpseq.nn.divergence import kl_divergence
 from gpseq.nn.generator import use_generator
 from gpseq.nn.kep import KEPAttention
+from gpseq.nn.noise import calibrate_noise
 from gpseq.nn.objective import linear_annealing, variational_loss
 from gpseq.nn.placement import init_inducing
 from gpseq.nn.refitting import CovarianceRefit

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gpseq.checks import check_count
 from gpseq.nn.attention import SGPAttention
+from gpseq.nn.projection import ProjectedAttention
 from gpseq.nn.residual import ResidualGP
 from gpseq.nn.sampling import use_sampling
 from gpseq.sgpa.basis import exponential_factor, scale_tokens
@@ -23,6 +25,16 @@ from gpseq.training import move
 
 Layer = SGPAttention | ResidualGP
 Forward = Callable[[nn.Module, Any], Any]
+
+#: Names of cross-attention in decoders, and of the self-attention that the same tokens pass before.
+TWINS = (
+    ("multihead_attn", "self_attn"),
+    ("encoder_attn", "self_attn"),
+    ("cross_attn", "self_attn"),
+    ("crossattention", "attention"),
+    ("crossattention", "attn"),
+    ("1.EncDecAttention", "0.SelfAttention"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,9 @@ class Seen:
         rows: what its inducing keys are like: tokens of its input, ``(B, T, embed_dim)``, or projected ones,
             ``(B, T, H, D)``.
         query: the projected queries, ``(B, H, T, D)``.
-        present: which queries are no padding, ``(B, T)``.
+        present: which queries are no padding, ``(B, T)``, as far as the layer can know.
         arguments: of the call.
+        is_self: whether queries look at each other.
     """
 
     layer: Layer
@@ -43,18 +56,24 @@ class Seen:
     query: Tensor
     present: Tensor
     arguments: Mapping[str, Any]
+    is_self: bool
 
     @classmethod
-    def of(cls, layer: Layer, arguments: Mapping[str, Any]) -> Seen:
+    def of(cls, layer: Layer, arguments: Mapping[str, Any], elsewhere: Tensor | None = None) -> Seen:
         """Find the queries in the arguments of a call.
 
         Args:
             layer: with inducing keys.
             arguments: of its ``forward``, by name.
+            elsewhere: for cross-attention, which masks keys only: which queries are no padding, ``(B, T)``, as
+                self-attention of the same tokens knows; ``None``: nobody knows, and all count.
         """
         query = arguments["query"]
         if isinstance(layer, ResidualGP):
-            return cls(layer, query.transpose(1, 2), query, _present(arguments.get("mask"), query), arguments)
+            is_self = layer.self_attention
+            present = _present(arguments.get("mask") if is_self else None, query)
+            present = present if is_self else _where_known(present, elsewhere)
+            return cls(layer, query.transpose(1, 2), query, present, arguments, is_self)
         if query.is_nested:
             lengths = query._nested_tensor_size()[:, 0].to(query.device)
             query = query.to_padded_tensor(0.0)
@@ -62,13 +81,15 @@ class Seen:
             arguments = {"query": query, "key": query, "value": query, "key_padding_mask": padding}
         rows = query.unsqueeze(0) if query.dim() == 2 else query if layer.batch_first else query.transpose(0, 1)
         present = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        padding = arguments.get("key_padding_mask")
-        if padding is not None and query is arguments["key"]:
+        padding, is_self = arguments.get("key_padding_mask"), query is arguments["key"]
+        if not is_self:
+            present = _where_known(present, elsewhere)
+        elif padding is not None:
             present = ~removes(padding).view(present.shape)
-            rows = rows.masked_fill(~present.unsqueeze(-1), 0.0)
+        rows = rows.masked_fill(~present.unsqueeze(-1), 0.0)
         projected = layer.project_query(rows)
         like_keys = projected.transpose(1, 2) if layer.inducing_space == "projected" else rows
-        return cls(layer, like_keys, projected, present, arguments)
+        return cls(layer, like_keys, projected, present, arguments, is_self)
 
     def variance(self) -> Tensor:
         """Variance of the layer's process at each token, the mean over the dimensions of a head: ``(B, H, T)``.
@@ -115,28 +136,71 @@ def layers_with_keys(model: nn.Module) -> dict[str, Layer]:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SGPAttention | ResidualGP)}
     if not layers:
-        raise ValueError(f"model: expected layers with inducing keys, got a {type(model).__name__} with none.")
+        other = sorted({type(m).__name__ for m in model.modules() if isinstance(m, ProjectedAttention)})
+        but = f", but {', '.join(other)}, which has none" if other else ""
+        raise ValueError(f"model: expected layers with inducing keys, got a {type(model).__name__} with none{but}.")
     return layers
+
+
+def called(name: str) -> str:
+    """A layer's name for messages, where that of the model itself is empty."""
+    return name or "the model itself"
+
+
+def mean_depends_on_keys(layer: Layer) -> bool:
+    """Whether a layer's mean changes with its inducing keys and kernel: any but mode ``"residual"`` with zero values.
+
+    Args:
+        layer: with inducing keys.
+    """
+    return getattr(layer, "mode", "residual") != "residual" or bool(layer.inducing.value.detach().any())
+
+
+def check_fittable(layers: Mapping[str, Layer]) -> None:
+    """Refuse covariances that have no closed form.
+
+    Args:
+        layers: by name.
+
+    Raises:
+        ValueError: one is of low rank.
+    """
+    for name, layer in layers.items():
+        if layer.covariance == "low_rank":
+            raise ValueError(
+                f"model: expected a covariance that is shared, per_dim or diagonal, {called(name)} has 'low_rank'."
+            )
 
 
 @contextmanager
 def watching(layers: Mapping[str, Layer], see: Callable[[str, Seen], None]) -> Iterator[None]:
     """Look at every call of some layers, before it happens.
 
+    Compiled models run as they are written meanwhile: what was compiled before does not know that somebody looks.
+
     Args:
         layers: by name.
-        see: is given the name of a layer, and what it sees.
+        see: is given the name of a layer, and what it sees. Which queries of cross-attention are padding is known where
+            a layer of these is self-attention of the same tokens, by the names of ``nn.TransformerDecoderLayer`` and of
+            the decoders of transformers.
     """
+    lenders: dict[str, str] = {name: twin for name in layers for twin in _twins(name) if twin in layers}
+    known: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def look(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, Seen.of(layer, signature(layer.forward).bind(*args, **kwargs).arguments))
+            arguments = signature(layer.forward).bind(*args, **kwargs).arguments
+            seen = Seen.of(layer, arguments, known.get(lenders.get(name, "")))
+            if seen.is_self and name in lenders.values():
+                known[name] = seen.present
+            see(name, seen)
 
         return look
 
     hooks = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for handle in hooks:
             handle.remove()
@@ -169,10 +233,10 @@ def look_through(
         ValueError: there is no such layer or no batch.
     """
     layers = layers_with_keys(model)
-    called: set[str] = set()
+    reached: set[str] = set()
 
     def note(name: str, seen: Seen) -> None:
-        called.add(name)
+        reached.add(name)
         see(name, seen)
 
     batches = 0
@@ -182,7 +246,7 @@ def look_through(
             batches += 1
     if not batches:
         raise ValueError("loader: expected at least one batch, got none.")
-    silent = [name or "the model itself" for name in layers if name not in called]
+    silent = [called(name) for name in layers if name not in reached]
     if silent:
         raise RuntimeError(f"model: expected every layer to be called, {', '.join(silent)} was not.")
     return layers
@@ -249,50 +313,81 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 class TokenSample:
-    """A sample of the tokens that layers see, the same number of each batch, on the CPU.
+    """A sample of the tokens that layers see, every one with the same chance, on the CPU.
+
+    Each token gets a random number, and those with the smallest are kept; of a layer that sees no more than
+    ``max_tokens`` all are, in their order.
 
     Args:
         max_tokens: of a layer.
-        num_batches: that will come at most.
         generator: of the draws, on the CPU.
         heads: whether to keep the means of the heads as well.
 
+    Source:
+        Vitter (1985), Random sampling with a reservoir; here with random numbers as keys.
     """
 
-    def __init__(
-        self, max_tokens: int, num_batches: int, generator: torch.Generator | None = None, heads: bool = False
-    ) -> None:
-        self._per_batch = -(-check_count("max_tokens", max_tokens) // check_count("num_batches", num_batches))
+    def __init__(self, max_tokens: int, generator: torch.Generator | None = None, heads: bool = False) -> None:
+        self._max_tokens = check_count("max_tokens", max_tokens)
         self._generator, self._wants_heads = generator, heads
-        self._parts: dict[str, list[tuple[Tensor, ...]]] = {}
+        self._parts: dict[str, tuple[Tensor, ...]] = {}  # of each layer: random numbers, rows, queries, heads
 
     def add(self, name: str, seen: Seen) -> None:
         """Keep some of the tokens of a call, for :func:`look_through`."""
-        kept = seen.present.nonzero()
-        kept = kept[torch.randperm(len(kept), generator=self._generator)[: self._per_batch].to(kept.device)]
-        batch, token = kept.unbind(-1)
+        tokens = seen.present.nonzero()
+        numbers = torch.rand(len(tokens), generator=self._generator, dtype=torch.float64)
+        held = self._parts.get(name)
+        every = numbers if held is None else torch.cat([held[0], numbers])
+        size = min(len(every), self._max_tokens)
+        chosen = every.topk(size, largest=False).indices.sort().values
+        old = len(every) - len(numbers)
+        stay, come = chosen[chosen < old], chosen[chosen >= old] - old
+        if held is not None and not len(come):
+            return
+        batch, token = tokens[come.to(tokens.device)].unbind(-1)
         found = [seen.rows[batch, token], seen.query[batch, :, token]]
         if self._wants_heads:
             found.append(seen.moments("mean").mean[batch, :, token])
-        self._parts.setdefault(name, []).append(tuple(part.cpu() for part in found))
+        new = (numbers[come], *(part.cpu() for part in found))
+        if held is not None:
+            new = tuple(torch.cat([one[stay], two]) for one, two in zip(held, new, strict=True))
+        self._parts[name] = new
 
     def rows(self, name: str) -> Tensor:
         """What inducing keys of a layer are like: ``(n, embed_dim)``, or projected tokens ``(n, H, D)``."""
-        return torch.cat([parts[0] for parts in self._parts[name]])
+        return self._parts[name][1]
 
     def queries(self, name: str) -> Tensor:
         """Projected queries, ``(n, H, D)``."""
-        return torch.cat([parts[1] for parts in self._parts[name]])
+        return self._parts[name][2]
 
     def heads(self, name: str) -> Tensor:
         """Means of the heads, ``(n, H, D)``, if they were kept."""
-        return torch.cat([parts[2] for parts in self._parts[name]])
+        return self._parts[name][3]
 
 
 def mean_over_tokens(values: Tensor, present: Tensor) -> Tensor:
     """Means over the tokens that are no padding: ``(B, H)`` of ``(B, H, T)``; 0 where there is none."""
     weight = present.unsqueeze(1).to(values.dtype)
     return (values * weight).sum(-1) / weight.sum(-1).clamp_min(1.0)
+
+
+def _twins(name: str) -> Iterator[str]:
+    """Names that the self-attention before a cross-attention of this name may have."""
+    for cross, own in TWINS:
+        if f".{cross}." in f".{name}.":
+            yield f".{name}.".replace(f".{cross}.", f".{own}.").strip(".")
+
+
+def _where_known(present: Tensor, elsewhere: Tensor | None) -> Tensor:
+    return present if elsewhere is None or elsewhere.shape != present.shape else elsewhere.to(present.device)
+
+
+def _uncompiled() -> Any:
+    """What lets compiled models run as they are written, where one can have been compiled."""
+    # Asking for it imports the compiler, which takes seconds; torch has it since 2.6.
+    set_stance = getattr(torch.compiler, "set_stance", None) if "torch._dynamo" in sys.modules else None
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def _present(mask: Any, query: Tensor) -> Tensor:

@@ -8,8 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpseq.checks import check_number
-from gpseq.nn.capture import Forward, Layer, TokenSample, layers_with_keys, look_through
+from gpseq.checks import check_count, check_number
+from gpseq.nn.capture import (
+    Forward,
+    Layer,
+    TokenSample,
+    called,
+    check_fittable,
+    layers_with_keys,
+    look_through,
+    mean_depends_on_keys,
+)
 from gpseq.nn.inducing import project_keys
 from gpseq.nn.placement import place
 from gpseq.nn.surgery import is_replaced, replace_attention, unchanged_on_error
@@ -44,19 +53,27 @@ def fit_covariance(
     real queries, length-scales the median distance of two, and the prior variance is such that noise on real tokens has
     ``noise`` times the standard deviation of the heads. Layers that are there already keep the way in which they draw,
     and only those whose mean does not depend on keys (mode ``"residual"`` with inducing values of zero) get new keys,
-    length-scales and variances; of others nothing but the covariance is set.
+    length-scales and variances; of others nothing but the covariance is set. Where some attention has Gaussian
+    processes already, no other gets one, and attention without inducing keys (:class:`~gpseq.nn.KEPAttention`,
+    :class:`~gpseq.nn.RFFAttention`, plain attention beside Gaussian processes) has no variance here and counts nowhere.
+
+    Parameters are made anew where attention is replaced: build the optimiser afterwards. Nothing is frozen, and
+    variances are those of the weights of now: after further training, fit and calibrate again, or leave it to
+    :class:`gpseq.nn.CovarianceRefit`. Padding is left out. Of the queries of cross-attention it is known where the
+    self-attention before it, of the same decoder layer, has a Gaussian process too; elsewhere all of them count.
 
     Args:
         model: any module with attention that can be replaced, or was.
         loader: batches: tensors; tuples or lists, whose first element goes to the model; or mappings,
             ``model(**batch)``. 500 examples are enough for small models.
-        num_inducing: M, inducing keys a head, for attention that is replaced here.
+        num_inducing: M, inducing keys a head, for attention that is replaced here; layers that have Gaussian processes
+            already keep their number.
         weight: w, how many observations with unit noise the tokens are worth together. Results hardly change above
             1e3.
         noise: standard deviation of the noise on real tokens, relative to that of the heads. It matters for draws only:
             scores of variance are relative.
         num_batches: how many batches are used at most.
-        max_tokens: how many tokens of a layer are used at most, the same number of each batch.
+        max_tokens: how many tokens of a layer are used at most, drawn evenly from all that it sees.
         forward: called as ``forward(model, batch)`` in place of the above.
         generator: of the draws, on the CPU; ``None`` is torch's default generator.
 
@@ -88,17 +105,15 @@ def fit_covariance(
         >>> bool(near.mean() < far.mean())
         True
     """
+    check_count("num_inducing", num_inducing)
+    check_count("num_batches", num_batches)
     weight = check_number("weight", weight, above=0.0, expected="a positive number")
     noise = check_number("noise", noise, above=0.0, expected="a positive number")
-    sample = TokenSample(max_tokens, num_batches, generator, heads=True)
+    sample = TokenSample(max_tokens, generator, heads=True)
     with unchanged_on_error(model):
         if not any(is_replaced(module) for module in model.modules()):
             model = replace_attention(model, mode="residual", num_inducing=num_inducing, sampling="mean")
-        for name, layer in layers_with_keys(model).items():
-            if layer.covariance == "low_rank":
-                raise ValueError(
-                    f"model: expected a covariance that is shared, per_dim or diagonal, {name or 'it'} has 'low_rank'."
-                )
+        check_fittable(layers_with_keys(model))
         layers = look_through(model, loader, sample.add, num_batches, forward)
         with torch.no_grad():
             fitted = {name: _fit(name, layer, sample, weight, noise, generator) for name, layer in layers.items()}
@@ -128,16 +143,19 @@ def _fit(
         inducing.log_lengthscale.detach().exp().cpu(),
         inducing.log_variance.detach().exp().cpu(),
     )
-    is_free = getattr(layer, "mode", "residual") == "residual" and not inducing.value.detach().any()
+    is_free = not mean_depends_on_keys(layer)
     if is_free:
         location, scale = place(name, layer, sample.rows(name), queries, "kmeans", generator)
         location, lengthscale = location.to(inducing.location.dtype), scale.unsqueeze(-1).expand_as(lengthscale)
     features, prior = _features(layer, queries, location, lengthscale.to(queries.dtype))
     if not features.isfinite().all():
-        raise ValueError(f"loader: expected finite tokens, {name or 'the model'} sees others.")
+        raise ValueError(f"loader: expected finite tokens, {called(name)} sees others.")
     size = features.shape[-1]
     precision = torch.eye(size, dtype=features.dtype) + weight * (features.mT @ features) / features.shape[-2]
-    scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
+    if layer.covariance == "diagonal":
+        scale_tril = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+    else:
+        scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
     # Of the tokens: the prior's, less what the inducing variables explain, plus what is not known of those.
     known = features.square().sum(-1) - (features @ scale_tril).square().sum(-1)
     left = (prior - known).clamp_min(0.0).mean(-1)
@@ -146,8 +164,6 @@ def _fit(
         # Heads that are constant have no scale of their own.
         signal = torch.where(signal > 0, signal, signal.mean().clamp_min(torch.finfo(queries.dtype).tiny))
         variance = noise**2 * signal / left
-    if layer.covariance == "diagonal":
-        scale_tril = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
     return _Fitted(location, lengthscale, variance, scale_tril, variance * left)
 
 
@@ -173,6 +189,5 @@ def _install(layer: Layer, fitted: _Fitted) -> None:
     inducing.log_diagonal.copy_(scale.diagonal(dim1=-2, dim2=-1).log().expand_as(inducing.log_diagonal))
     if inducing.lower is not None:
         inducing.lower.copy_(scale.tril(-1).expand_as(inducing.lower))
+    inducing.forget_fit()  # a temperature that was calibrated before was that of other variances
     inducing.typical_variance.copy_(fitted.typical)
-    # A temperature that was calibrated before was that of other variances.
-    inducing.temperature.zero_()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gpseq.checks import check_count
-from gpseq.logits import log_softmax, network_output
+from gpseq.logits import class_logits, log_softmax
 from gpseq.nn.capture import Forward, Layer, Seen, call, evaluating, look_through, quiet
 from gpseq.nn.generator import undisturbed, use_generator
+from gpseq.nn.labelled import batches_of
 
 #: Below and above this ratio of noise to signal a layer is no mixture of both.
 SILENT, DROWNED = 0.05, 5.0
@@ -114,7 +115,8 @@ def diagnose(
     the prior's everywhere. Accuracy and calibration alone show none of them.
 
     The model is in evaluation mode meanwhile, and afterwards as it was, but no layer remembers an earlier call. Numbers
-    of a layer are those of the mean-only pass.
+    of a layer are those of the mean-only pass, without padding; where a model labels tokens, how far predictions move
+    is averaged over all of them, padding included.
 
     Args:
         model: any module with layers that have inducing keys, which returns logits.
@@ -143,14 +145,14 @@ def diagnose(
         (True, 'collapsed: 100% of')
     """
     check_count("num_samples", num_samples)
-    batches = list(islice(loader, check_count("num_batches", num_batches)))
+    batches = list(islice(batches_of(loader), check_count("num_batches", num_batches)))
     tallies: dict[str, list[_Tally]] = {}
     layers = look_through(
         model, batches, lambda name, seen: tallies.setdefault(name, []).append(_Tally.of(seen)), None, forward
     )
 
     def probs() -> Tensor:
-        found = [log_softmax(network_output(call(model, batch, forward))[0]).exp() for batch in batches]
+        found = [log_softmax(class_logits(call(model, batch, forward))).exp() for batch in batches]
         return torch.cat([p.flatten(0, -2) for p in found])
 
     draws = any(layer.sampling != "mean" for layer in layers.values())
@@ -228,10 +230,11 @@ def _without_mean(layer: Layer) -> Iterator[None]:
     """Let the heads of a layer be zero."""
 
     def silence(layer: Any, arguments: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            nothing = torch.zeros_like(output[0])
-            return (nothing if layer.out_proj.bias is None else nothing + layer.out_proj.bias, None)
-        return torch.zeros_like(output)
+        if not isinstance(output, tuple):
+            return torch.zeros_like(output)
+        bias = layer.out_proj.bias
+        # Times zero and not zeros, which nested tensors cannot be added to.
+        return (output[0] * 0 if bias is None else output[0] * 0 + bias, *output[1:])
 
     handle = layer.register_forward_hook(silence)
     try:

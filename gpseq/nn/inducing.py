@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from gpseq.sgpa.scales import DiagonalScale, LowRankScale, Scale
 
 #: How the whitened covariance of the inducing variables is stored.
 COVARIANCES = ("shared", "per_dim", "diagonal", "low_rank")
+#: Buffers that are found from data.
+FITTED = ("typical_variance", "temperature")
 
 
 class InducingKeys(nn.Module):
@@ -33,6 +37,9 @@ class InducingKeys(nn.Module):
             before that, see :func:`gpseq.nn.fit_covariance`.
         temperature: a buffer, the layer's part (a, b) of the squared temperature and the power of its variance,
             ``(3,)``; zeros before :func:`gpseq.nn.calibrate`.
+
+    Both buffers stay in float32 or float64 when the module is cast to less: what they say is compared with variances
+    and added up over layers. A ``state_dict`` of a time before them loads with zeros.
     """
 
     typical_variance: Tensor
@@ -63,8 +70,9 @@ class InducingKeys(nn.Module):
         self.log_diagonal = empty(dims, num_inducing)
         self.lower = empty(dims, num_inducing, num_inducing) if full else None
         self.root = empty(dims, num_inducing, rank) if covariance == "low_rank" else None
-        self.register_buffer("typical_variance", torch.zeros(num_heads, device=device, dtype=dtype))
-        self.register_buffer("temperature", torch.zeros(3, device=device, dtype=dtype))
+        precise = _precise(dtype or torch.get_default_dtype())
+        self.register_buffer("typical_variance", torch.zeros(num_heads, device=device, dtype=precise))
+        self.register_buffer("temperature", torch.zeros(3, device=device, dtype=precise))
 
     def reset(self, lengthscale: float, variance: float) -> None:
         """Start at the prior: zero values, whitened covariance the identity, locations drawn from N(0, I).
@@ -83,8 +91,32 @@ class InducingKeys(nn.Module):
         if self.root is not None:
             # At zero a root has no gradient; this is near enough to the prior.
             nn.init.normal_(self.root, std=0.01)
+        self.forget_fit()
+
+    def forget_fit(self) -> None:
+        """Zero what was found from data, which is true of the keys and the covariance of that time alone."""
         nn.init.zeros_(self.typical_variance)
         nn.init.zeros_(self.temperature)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InducingKeys:
+        before = {name: self._buffers[name] for name in FITTED}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != _precise(moved.dtype):
+                self._buffers[name] = buffer.to(moved.device, _precise(moved.dtype))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        location = state_dict.get(f"{prefix}location")
+        for name in FITTED:
+            key, buffer = f"{prefix}{name}", getattr(self, name)
+            if isinstance(location, Tensor) and key not in state_dict:
+                # Of a time before these buffers: whatever was fitted here is not true of the keys that come.
+                state_dict[key] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=location.device)
+            elif isinstance(saved := state_dict.get(key), Tensor):
+                state_dict[key] = saved.to(_precise(saved.dtype))  # loading may assign it
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def scale(self) -> Scale:
@@ -149,6 +181,11 @@ class InducingKeys(nn.Module):
         return (
             post if query.shape[-2] == tokens else post._replace(mean=post.mean.expand(*query.shape[:-2], tokens, -1))
         )
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """Float32, or float64 where there is that."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def project_keys(location: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

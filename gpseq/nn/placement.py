@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpseq.checks import check_count
-from gpseq.nn.capture import Layer, TokenSample, look_through
+from gpseq.nn.capture import Layer, TokenSample, called, look_through
 from gpseq.sgpa.arguments import check_choice
 
 METHODS = ("kmeans++", "random")
@@ -34,7 +34,8 @@ def init_inducing(
     is zero; in other layers, and in trained ones, the function changes: this belongs before training.
 
     The model runs in evaluation mode without draws meanwhile, and padding is left out. What layers remember of earlier
-    calls, for their divergence, is forgotten.
+    calls, for their divergence, is forgotten, and so is what was found for other keys: after this, covariances have to
+    be fitted and temperatures calibrated again (:func:`gpseq.nn.fit_covariance`, :func:`gpseq.nn.calibrate`).
 
     Args:
         model: any module with layers that have inducing keys.
@@ -43,7 +44,7 @@ def init_inducing(
         method: ``"kmeans++"``, tokens drawn with a probability that grows with the squared distance to those drawn
             before, or ``"random"``. Either are distinct.
         num_batches: how many batches are used at most.
-        max_tokens: how many tokens of a layer are kept at most, the same number of each batch.
+        max_tokens: how many tokens of a layer are kept at most, drawn evenly from all that it sees.
         lengthscale: whether to set length-scales.
         forward: called as ``forward(model, batch)`` in place of the above.
         generator: of the draws, on the CPU; ``None`` is torch's default generator.
@@ -69,7 +70,8 @@ def init_inducing(
         True
     """
     check_choice("method", method, METHODS)
-    sample = TokenSample(max_tokens, check_count("num_batches", num_batches), generator)
+    check_count("num_batches", num_batches)
+    sample = TokenSample(max_tokens, generator)
     layers = look_through(model, loader, sample.add, num_batches, forward)
     placed = {
         name: place(name, layer, sample.rows(name), sample.queries(name), method, generator)
@@ -81,6 +83,7 @@ def init_inducing(
             layer.inducing.location.copy_(location)
             if lengthscale and getattr(layer, "mode", None) != "softmax_kernel":
                 layer.inducing.log_lengthscale.copy_(scale.log().unsqueeze(-1))
+            layer.inducing.forget_fit()
     return model
 
 
@@ -187,7 +190,7 @@ def place(
                 keys.append(source[distinct[torch.randperm(len(distinct), generator=generator)[:count]]])
             scales.append(_scale(mine, layer.kernel, generator))
         except ValueError as error:
-            raise ValueError(f"loader: tokens of {name or 'the model'}: {error}") from error
+            raise ValueError(f"loader: tokens of {called(name)}: {error}") from error
     return torch.stack(keys), torch.stack(scales)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from gpseq.checks import check_count, check_number
-from gpseq.nn.capture import Forward, layers_with_keys
+from gpseq.nn.capture import Forward, called, check_fittable, layers_with_keys, mean_depends_on_keys
 from gpseq.nn.covariance import fit_covariance
 from gpseq.nn.surgery import is_replaced, replace_attention, unchanged_on_error
 from gpseq.sgpa.arguments import check_choice
@@ -28,8 +28,9 @@ class CovarianceRefit:
 
     Noise costs accuracy where there is much of it, and adds to that of dropout: take the one or the other.
 
-    Call the object before each step. It keeps no state besides what is in the model, so that a run that goes on from a
-    checkpoint (:func:`gpseq.training.fit`) fits at the same steps and ends the same.
+    Call the object before each step. It keeps no state besides what is in the model, and the draws of a fit depend on
+    ``generator`` as it was at the start and on the step, so that a run that goes on from a checkpoint
+    (:func:`gpseq.training.fit`) fits at the same steps and ends the same, if the loader does.
 
     After training, fit once more (:func:`gpseq.nn.fit_covariance`) and calibrate on held-out labels
     (:func:`gpseq.nn.calibrate`, for one pass; :func:`gpseq.nn.calibrate_noise`, for draws).
@@ -39,7 +40,7 @@ class CovarianceRefit:
             ``"residual"``, unless some has them already; then it stays at those. Their parameters are no longer
             trained. Build the optimiser afterwards.
         loader: batches of training data, as for :func:`gpseq.nn.fit_covariance`; a few that are always the same, or a
-            loader that gives others every time.
+            loader that gives others every time. It is gone through at every fit: no iterator.
         noise: standard deviation of the noise on real tokens, relative to that of the heads.
         every: steps from one fit to the next. In the first of these spans, in which tokens move most, there are three
             more, after 1/8, 1/4 and 1/2 of it.
@@ -48,12 +49,14 @@ class CovarianceRefit:
         num_batches: how many batches a fit uses at most.
         max_tokens: how many tokens of a layer a fit uses at most.
         forward: called as ``forward(model, batch)`` in place of ``model(batch[0])``.
-        generator: of the choice of inducing keys, on the CPU; ``None`` is torch's default generator.
+        generator: of the choice of inducing keys, on the CPU: one number is drawn from it here, which with the step
+            decides all later draws. ``None`` is torch's default generator at every fit.
 
     Attributes:
         model: the model, with Gaussian processes; where it is itself an attention, what replaced it.
 
     Raises:
+        TypeError: the loader is an iterator.
         ValueError: there is no attention, a layer's mean depends on inducing keys (any mode but ``"residual"`` with
             inducing values of zero) or its covariance is of low rank, or a number or option is out of its range. The
             model is as it was.
@@ -93,24 +96,27 @@ class CovarianceRefit:
         self.noise = check_number("noise", noise, above=0.0, expected="a positive number")
         self.every = check_count("every", every)
         check_choice("sampling", sampling, DRAWS)
-        self.loader, self.forward, self.generator = loader, forward, generator
+        if isinstance(loader, Iterator):
+            raise TypeError(
+                f"loader: expected batches that can be gone through at every fit, such as a list or a DataLoader, got "
+                f"{type(loader).__name__}, an iterator, which is empty after the first."
+            )
+        self.loader, self.forward = loader, forward
         self.num_batches = check_count("num_batches", num_batches)
         self.max_tokens = check_count("max_tokens", max_tokens)
+        check_count("num_inducing", num_inducing)
         with unchanged_on_error(model):
             if not any(is_replaced(module) for module in model.modules()):
                 model = replace_attention(model, mode="residual", num_inducing=num_inducing, sampling=sampling)
             layers = layers_with_keys(model)
             for name, layer in layers.items():
-                if getattr(layer, "mode", "residual") != "residual" or layer.inducing.value.detach().any():
+                if mean_depends_on_keys(layer):
                     raise ValueError(
-                        f"model: expected layers whose mean does not depend on inducing keys, {name or 'it'} has "
+                        f"model: expected layers whose mean does not depend on inducing keys, {called(name)} has "
                         "another; see mode 'residual'."
                     )
-                if layer.covariance == "low_rank":
-                    raise ValueError(
-                        f"model: expected a covariance that is shared, per_dim or diagonal, {name or 'it'} has "
-                        "'low_rank'."
-                    )
+            check_fittable(layers)
+            self._seed = None if generator is None else int(torch.randint(2**62, (), generator=generator))
         self.model = model
         for layer in layers.values():
             layer.sampling = sampling
@@ -132,16 +138,20 @@ class CovarianceRefit:
             step: the number of the training step that comes next, from 0, over all epochs.
         """
         if self.is_due(step):
-            self.fit()
+            self.fit(step)
 
-    def fit(self) -> None:
+    def fit(self, step: int = 0) -> None:
         """Set keys, length-scales, covariances and the noise's scale from the tokens that the model sees now.
+
+        Args:
+            step: whose draws are made, where a generator was given.
 
         Raises:
             RuntimeError: as :func:`gpseq.nn.fit_covariance`.
             TypeError: as :func:`gpseq.nn.fit_covariance`.
             ValueError: as :func:`gpseq.nn.fit_covariance`. The model is as it was.
         """
+        generator = None if self._seed is None else torch.Generator().manual_seed(self._seed + step)
         fit_covariance(
             self.model,
             self.loader,
@@ -149,5 +159,5 @@ class CovarianceRefit:
             num_batches=self.num_batches,
             max_tokens=self.max_tokens,
             forward=self.forward,
-            generator=self.generator,
+            generator=generator,
         )

@@ -39,6 +39,8 @@ class ResidualGP(Draws):
 
     Attributes:
         sampling: may be set at any time.
+        self_attention: whether queries look at each other, True unless the host says otherwise. Only then does a mask
+            of keys say which queries are padding.
         inducing: the parameters, a :class:`~gpseq.nn.inducing.InducingKeys`.
 
     Source:
@@ -55,6 +57,7 @@ class ResidualGP(Draws):
     # What the last call left behind, and where draws come from: neither is copied or saved.
     _transient = frozenset({"generator", "_batch"})
     _batch: int | None = None
+    self_attention: bool = True
 
     def __init__(
         self,
@@ -132,8 +135,8 @@ class ResidualGP(Draws):
         Args:
             query: projected queries, rotated if the host rotates them, ``(B, H, T, D)``.
             heads: what the host's attention gives, ``(B, H, T, D)``.
-            mask: the host's mask of pairs of tokens. Nothing is computed from it; it tells
-                :func:`gpseq.nn.init_inducing` which queries are padding.
+            mask: the host's mask of pairs of tokens. Nothing is computed from it; in self-attention it tells
+                :func:`gpseq.nn.fit_covariance` and its like which queries are padding.
 
         Returns:
             ``(B, H, T, D)`` in the dtype of ``heads``.

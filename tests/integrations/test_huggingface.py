@@ -231,6 +231,27 @@ def test_loaded_without_the_settings(tmp_path):
         load_pretrained(tmp_path, config=several)
 
 
+@pytest.mark.parametrize(
+    ("name", "cross"),
+    [
+        ("cross_encoder.bert.encoder.layer.0.attention.self", False),
+        ("model.decoder.layers.1.self_attn", False),
+        ("model.decoder.layers.1.encoder_attn", True),
+        ("decoder.block.0.layer.1.EncDecAttention", True),
+        ("decoder.block.0.layer.0.SelfAttention", False),
+        ("layer.0.crossattention.self", True),
+        ("encoder.layers.0.encoder_decoder_attention", True),
+        ("attention", False),
+        ("", False),
+    ],
+)
+def test_which_names_are_those_of_cross_attention(name, cross):
+    attention = nn.Module()
+    assert huggingface._is_cross(name, attention) is cross
+    attention.is_cross_attention = not cross  # what a module says of itself goes first
+    assert huggingface._is_cross(name, attention) is not cross
+
+
 def test_the_class_itself_loads_the_model_without_them(tmp_path):
     plain = bert().eval()
     model = replace_attention(copy.deepcopy(plain), num_inducing=4)
@@ -337,7 +358,7 @@ def test_masks_that_the_host_would_not_pass_on(monkeypatch):
 
 def test_attention_that_does_not_tell_its_heads():
     with pytest.raises(ValueError, match="model: expected attention that tells its heads and their width, Linear"):
-        huggingface._make(nn.Linear(2, 2), {})
+        huggingface._make("attention", nn.Linear(2, 2), {})
 
 
 @pytest.mark.parametrize("beta", [0.5, lambda: linear_annealing(1, 4)])

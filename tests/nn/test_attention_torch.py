@@ -35,7 +35,7 @@ def test_state_dict_is_all_there_is(covariance):
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     assert mean_of(other, x, x, x).equal(mean_of(layer, x, x, x))
     assert other.kl_divergence().equal(layer.kl_divergence())
-    assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
+    assert set(layer.state_dict()) == {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpseq.nn import SGPAttention, fit_covariance, replace_attention, use_sampling
-from gpseq.nn.capture import Seen, layers_with_keys
+from gpseq.nn import RFFAttention, SGPAttention, fit_covariance, replace_attention, use_sampling
+from gpseq.nn.capture import Seen, called, layers_with_keys, look_through, mean_depends_on_keys
 from gpseq.nn.covariance import _features
 from gpseq.nn.placement import centres
 from gpseq.nn.residual import ResidualGP
@@ -121,8 +121,10 @@ def test_the_mean_of_a_layer_with_values_stays_and_so_do_its_keys(options):
     assert layer.inducing.typical_variance.min() > 0
 
 
-def test_typical_variances_are_means_over_the_tokens_of_the_fit_and_noise_has_the_size_that_was_asked_for():
+@pytest.mark.parametrize("covariance", ["shared", "per_dim", "diagonal"])
+def test_typical_variances_are_means_over_the_tokens_of_the_fit_and_noise_has_the_size_that_was_asked_for(covariance):
     model, x = Plain(), torch.randn(30, 6, 8, dtype=torch.float64)
+    replace_attention(model, num_inducing=4, covariance=covariance, sampling="mean")
     fit_covariance(model, [x], noise=0.25, **OPTIONS)
     for name, layer in layers_with_keys(model).items():
         seen = []
@@ -282,6 +284,154 @@ def test_attention_by_itself_is_replaced_and_returned():
     fitted = fit_covariance(attention, [x], forward=lambda m, x: m(x, x, x), **OPTIONS)
     assert isinstance(fitted, SGPAttention)
     torch.testing.assert_close(fitted(x, x, x)[0], attention(x, x, x)[0])
+
+
+FITTED = ("typical_variance", "temperature")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_what_was_fitted_keeps_its_precision_when_a_model_is_cast_to_less(dtype, half):
+    model, x = Plain(dtype), torch.randn(20, 6, 8, dtype=dtype)
+    fit_covariance(model, [x], **OPTIONS)
+    inducing = model.encoder.layers[0].self_attn.inducing
+    inducing.temperature.copy_(torch.tensor([0.1, 1e-6, 4.0]))
+    before = [getattr(inducing, name).float() for name in FITTED]
+
+    def check(model):
+        found = [getattr(model.encoder.layers[0].self_attn.inducing, name) for name in FITTED]
+        assert [value.dtype for value in found] == [torch.float32] * 2
+        assert all(one.equal(two) for one, two in zip(found, before, strict=True))
+
+    assert inducing.typical_variance.dtype == dtype
+    model.to(half)
+    assert inducing.location.dtype == half
+    check(model)
+    check(copy.deepcopy(model))
+    check(model.to(half))
+    for assign in (False, True):
+        other = replace_attention(Plain(half), num_inducing=4)
+        assert other.encoder.layers[0].self_attn.inducing.typical_variance.dtype == torch.float32
+        other.load_state_dict(model.state_dict(), assign=assign)
+        check(other)
+    rounded = {name: value.to(half) for name, value in model.state_dict().items()}
+    other.load_state_dict(rounded, assign=True)
+    assert other.encoder.layers[0].self_attn.inducing.temperature.dtype == torch.float32
+    empty = copy.deepcopy(model).to("meta").to(half)
+    assert empty.encoder.layers[0].self_attn.inducing.temperature.dtype == torch.float32
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    check(empty)
+    assert model.double().encoder.layers[0].self_attn.inducing.temperature.dtype == torch.float64
+
+
+def test_a_state_of_a_time_without_fits_loads_and_is_not_fitted():
+    model = Plain()
+    fit_covariance(model, [torch.randn(20, 6, 8, dtype=torch.float64)], **OPTIONS)
+    old = {name: value for name, value in model.state_dict().items() if not name.endswith(FITTED)}
+    assert len(old) == len(model.state_dict()) - 4
+    for assign in (False, True):
+        other = copy.deepcopy(model)
+        other.load_state_dict(old, assign=assign)  # strictly
+        inducing = other.encoder.layers[1].self_attn.inducing
+        assert not inducing.typical_variance.any() and not inducing.temperature.any()
+        assert inducing.typical_variance.dtype == torch.float64
+    plain = {name: value for name, value in old.items() if ".inducing." not in name}
+    other = copy.deepcopy(model)
+    assert any(name.endswith(FITTED) for name in other.load_state_dict(plain, strict=False).missing_keys)
+    assert other.encoder.layers[1].self_attn.inducing.typical_variance.all()  # its keys are the same
+
+
+class Translator(nn.Module):
+    """A decoder whose sources and targets are equally long, with paddings of their own."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, target, source, padding=None, source_padding=None):
+        return self.decoder(target, source, tgt_key_padding_mask=padding, memory_key_padding_mask=source_padding)
+
+
+def test_padded_targets_count_nowhere_in_cross_attention_either():
+    model = Translator()
+    target, source = torch.randn(2, 12, 6, 8, dtype=torch.float64)
+    padding = torch.arange(6) >= torch.randint(2, 7, (12, 1))
+    hidden = torch.arange(6) >= torch.randint(2, 7, (12, 1))
+    states = []
+    for fill in (1.0, 50.0):
+        fitted, draws = copy.deepcopy(model), torch.Generator().manual_seed(3)
+        batch = {
+            "target": torch.where(padding.unsqueeze(-1), fill, target),
+            "source": torch.where(hidden.unsqueeze(-1), fill, source),
+            "padding": padding,
+            "source_padding": hidden,
+        }
+        fit_covariance(fitted, [batch], generator=draws, **OPTIONS)
+        states.append(fitted.state_dict())
+    for name, one in states[0].items():
+        torch.testing.assert_close(one, states[1][name], rtol=1e-9, atol=1e-11, msg=name)
+    seen = {}
+    layers = look_through(fitted, [batch], lambda name, sight: seen.update({name: sight}))
+    assert len(layers) == 4
+    assert all(sight.present.equal(~padding) for sight in seen.values())
+    assert sorted(name for name, sight in seen.items() if sight.is_self) == [
+        f"decoder.layers.{i}.self_attn" for i in (0, 1)
+    ]
+
+
+def test_a_mask_of_sources_is_not_that_of_queries():
+    gp = ResidualGP(2, 4, num_inducing=3, dtype=torch.float64)
+    gp.self_attention = False
+    query, seen = torch.randn(3, 2, 5, 4, dtype=torch.float64), []
+    mask = torch.ones(3, 1, 5, 5).bool()
+    mask[..., 2:] = False
+    look_through(gp, [query], lambda name, sight: seen.append(sight), forward=lambda gp, q: gp(q, q, mask))
+    assert seen[0].present.all()
+
+
+@pytest.mark.slow  # importing the compiler
+def test_a_compiled_model_is_seen():
+    model, x = Plain().eval(), torch.randn(20, 6, 8, dtype=torch.float64)
+    replace_attention(model, num_inducing=4, sampling="mean")
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    fit_covariance(compiled, [x], **OPTIONS)
+    assert model.encoder.layers[0].self_attn.inducing.typical_variance.all()
+    torch.testing.assert_close(compiled(x), before)
+
+
+def test_attention_that_has_no_keys():
+    class Pair(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x, x, x)[0]
+            return x
+
+    x = torch.randn(9, 5, 8, dtype=torch.float64)
+    features = RFFAttention(8, 2, batch_first=True, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"with none, but RFFAttention"):
+        fit_covariance(Pair(features), [x])
+    model = Pair(features, small(mode="residual"))
+    assert fit_covariance(model, [x], **OPTIONS).layers[0] is features
+    assert model.layers[1].inducing.typical_variance.all()
+    with pytest.raises(ValueError, match="num_inducing"):
+        fit_covariance(model, [x], num_inducing=0)
+    with pytest.raises(ValueError, match="num_batches"):
+        fit_covariance(model, [x], num_batches=0)
+
+
+def test_whose_mean_depends_on_keys():
+    layer = small(mode="residual")
+    assert mean_depends_on_keys(layer)
+    layer.inducing.value.data.zero_()
+    assert not mean_depends_on_keys(layer)
+    assert mean_depends_on_keys(small(mode="sgpa", moved=False))
+    assert not mean_depends_on_keys(ResidualGP(2, 4))
+    assert called("") == "the model itself" and called("a.b") == "a.b"
 
 
 @pytest.mark.cuda

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gpseq.nn import RFFAttention, SGPAttention, init_inducing, kl_divergence, replace_attention, use_generator
+from gpseq.nn import (
+    RFFAttention,
+    SGPAttention,
+    fit_covariance,
+    init_inducing,
+    kl_divergence,
+    replace_attention,
+    use_generator,
+)
+from gpseq.nn.capture import Seen, TokenSample
 from gpseq.nn.placement import spread_tokens
 from gpseq.nn.residual import ResidualGP
 
@@ -173,6 +182,60 @@ def test_how_many_batches_and_tokens():
     assert len(calls) == 3
     with pytest.raises(ValueError, match=r"loader: tokens of encoder.layers.0.self_attn: .* at least 4 .* got 3"):
         init_inducing(Model(), [torch.randn(3, 5, 8)], max_tokens=3, num_batches=1)
+
+
+def calls_of(layer, *sizes):
+    """Calls with tokens that are numbered, sequences of one."""
+    start = 0
+    for size in sizes:
+        tokens = torch.arange(start, start + size, dtype=torch.float32).view(1, 1, size, 1).expand(1, 2, size, 4)
+        start += size
+        yield Seen.of(layer, {"query": tokens, "heads": -tokens})
+
+
+def test_few_batches_give_as_many_tokens_as_many():
+    layer = ResidualGP(2, 4, 4)
+    for sizes, most in (((100,), 64), ((30, 70), 64), ((1,) * 100, 64), ((100,), 100), ((40, 60), 200), ((1, 5), 3)):
+        sample = TokenSample(most, heads=True)
+        for seen in calls_of(layer, *sizes):
+            sample.add("gp", seen)
+        found = sample.queries("gp")[:, 0, 0]
+        assert len(found) == min(most, sum(sizes))
+        assert found.equal(found.unique())  # distinct, in their order
+        assert sample.rows("gp").equal(sample.queries("gp"))
+        torch.testing.assert_close(sample.heads("gp")[:, 0, 0], -found)
+
+
+def test_every_token_has_the_same_chance():
+    layer, draws = ResidualGP(2, 4, 4), torch.Generator().manual_seed(0)
+    counts = torch.zeros(10)
+    for _ in range(2000):
+        sample = TokenSample(3, draws)
+        for seen in calls_of(layer, 2, 5, 3):  # as of a layer that is called several times
+            sample.add("gp", seen)
+        counts[sample.queries("gp")[:, 0, 0].long()] += 1
+    # Binomial, of mean 600 and standard deviation 20.5.
+    assert (counts - 600).abs().max() < 4.5 * 20.5
+    state = torch.get_rng_state()
+    one, two = (TokenSample(3, torch.Generator().manual_seed(5)) for _ in range(2))
+    for sample in (one, two):
+        for seen in calls_of(layer, 2, 5, 3):
+            sample.add("gp", seen)
+    assert one.queries("gp").equal(two.queries("gp"))
+    assert torch.get_rng_state().equal(state)
+
+
+def test_new_keys_make_a_fit_forgotten():
+    model, x = Model(sampling="mean"), torch.randn(12, 5, 8)
+    fit_covariance(model, [x])
+    for attention in model.attentions:
+        attention.inducing.temperature.fill_(1.0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        init_inducing(model, [])
+    assert all(attention.inducing.temperature.all() for attention in model.attentions)
+    init_inducing(model, [x])
+    for attention in model.attentions:
+        assert not attention.inducing.typical_variance.any() and not attention.inducing.temperature.any()
 
 
 def test_gaussian_processes_in_projected_space():
