@@ -19,7 +19,7 @@ from gpseq.nn.surgery import Layers, matching
 from gpseq.nn.temperature import fitted_layers, recording, variance_level
 
 #: Powers of the variance that are tried.
-POWERS = (2, 4)
+POWERS = (2, 4, 8)
 #: Temperatures stay within this factor of the spread of the logits, to either side: labels without an error among them
 #: ask for none at all, and random ones for an infinite one.
 FACTOR = 100.0
@@ -32,7 +32,7 @@ class Calibration:
     Attributes:
         a: what every input gets.
         b: what it gets for its variances; 0 if they say nothing about errors.
-        power: p, 2 or 4.
+        power: p; 2, 4 or 8.
         nlpd: negative log likelihood of a label, in nats.
         nlpd_temperature: with the best single temperature.
         nlpd_before: without any.
@@ -62,8 +62,8 @@ def calibrate(
     .. math:: P(y \mid x) = \mathrm{softmax}(z / \tau), \qquad \tau^2 = a + \frac{b}{L} \sum_{l=1}^L v_l(x)^p
 
     where :math:`v_l` is the variance of layer l, the mean over tokens and heads, relative to its mean on the data that
-    :func:`gpseq.nn.fit_covariance` saw. a and b minimise the negative log likelihood, for the p of 2 and 4 that does
-    it better; b is 0 if that is no worse. One pass over the data gives logits and variances; classes with the highest
+    :func:`gpseq.nn.fit_covariance` saw. a and b minimise the negative log likelihood, for the p of 2, 4 and 8 that does
+    it best; b is 0 if that is no worse. One pass over the data gives logits and variances; classes with the highest
     probability stay the same.
 
     The numbers are kept in the layers, and so in the ``state_dict``. The data have to be others than those of the

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gpseq.nn.capture import Layer, Seen, layers_with_keys, mean_over_tokens, watching
 from gpseq.nn.sampling import use_sampling
 
-#: A relative variance above this counts as this; its fourth power is a number in float32 still.
-MOST = 1e9
+#: A relative variance above this counts as this; its eighth power is a number in float32 still.
+MOST = 3e4
 
 
 class VarianceRecord:
