@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.run import CASES
 from benchmarks.tables import table
+from benchmarks.uncertainty.summary import TITLES, insert, summary
 from gpseq import plots
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     figures = args.out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    documents = {case: json.loads((args.results / f"{case}.json").read_text()) for case in CASES}
+    files = {case: args.results / f"{case}.json" for case in CASES}
+    documents = {case: json.loads(file.read_text()) for case, file in files.items() if file.exists()}
+    missing = [case for case in CASES if case not in documents]
     machine = documents["solar"]["machine"]
     parts = [
         "# Benchmarks",
@@ -36,10 +39,17 @@ def main() -> None:
         f"torch {machine['torch']}, GPyTorch {machine['gpytorch']}. Methods are compared within one run on one machine; "
         "absolute times vary from machine to machine and with what else it does.",
     ]
-    for case in CASES:
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}.")
+    for case in documents:
         section = SECTIONS.get(case) or importlib.import_module(f"benchmarks.{case}").report
         parts += section(documents[case]["result"], figures)
     (args.out / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+    if args.out == ROOT / "docs":
+        results = {case: documents[case]["result"] for case in TITLES if case in documents}
+        shown = {case: result for case, result in results.items() if case in ("fashion", "agreement")}
+        insert(ROOT / "README.md", "results", summary(shown))
+        insert(ROOT / "docs" / "guide" / "costs.md", "results", summary(results))
 
 
 def solar(result: dict[str, Any], figures: Path) -> list[str]:
