@@ -53,7 +53,8 @@ def calibrate_noise(
         generator: of the noise, on the model's device; ``None`` is torch's default generator.
 
     Returns:
-        The factor. It multiplies the variances, in place; what :func:`gpseq.nn.calibrate` found stays true.
+        The factor, far below 1 where noise only hurts. It multiplies the variances, in place; what
+        :func:`gpseq.nn.calibrate` found stays true.
 
     Raises:
         RuntimeError: covariances were not fitted before.
@@ -129,11 +130,9 @@ def _search(function: Callable[[float], float]) -> float:
     while (k := best()) in (max(trials), min(trials)) and abs(k) < LIMIT:
         further = k + (1 if k > 0 else -1)
         trials[further] = function(further * step)
-    if abs(best()) == LIMIT:
+    if best() == LIMIT:
         warnings.warn(
-            f"loader: labels ask for more than 4^{best()} times the present variance, where the search ends."
-            if best() > 0
-            else "loader: labels ask for no noise at all.",
+            f"loader: labels ask for more than 4^{LIMIT} times the present variance, where the search ends.",
             UserWarning,
             stacklevel=stacklevel_outside(),
         )
