@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from gpseq.checks import check_count, check_number
-from gpseq.nn.capture import Forward, called, check_fittable, layers_with_keys, mean_depends_on_keys
+from gpseq.nn.capture import called, check_fittable, layers_with_keys, mean_depends_on_keys
 from gpseq.nn.covariance import fit_covariance
 from gpseq.nn.surgery import is_replaced, replace_attention, unchanged_on_error
 from gpseq.sgpa.arguments import check_choice
@@ -82,7 +81,7 @@ class CovarianceRefit:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         loader: Iterable[Any],
         noise: float = 0.3,
         every: int = 150,
@@ -90,7 +89,7 @@ class CovarianceRefit:
         sampling: str = "marginal",
         num_batches: int = 10,
         max_tokens: int = 4096,
-        forward: Forward | None = None,
+        forward: Callable[[torch.nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.noise = check_number("noise", noise, above=0.0, expected="a positive number")
