@@ -42,8 +42,6 @@ def fashion(smoke: bool = False) -> Task:
         ood={"MNIST": Part(_scaled(digits.x_test[outside]))},
         make=lambda attention: VisionTransformer(10, attention),
         epochs=1 if smoke else 12,
-        kinds=("softmax", "none", "sngp", "gp"),
-        seeds=3,
     )
 
 

@@ -20,7 +20,6 @@ from gpseq.nn.softmax import softmax_attention
 from gpseq.sgpa.arguments import check_choice
 from gpseq.sgpa.basis import exponential_factor, inducing_basis, inducing_kl
 from gpseq.sgpa.decoupled import decoupled_posterior
-from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
 from gpseq.sgpa.inducing import inducing_features
 from gpseq.sgpa.masks import removes
 from gpseq.sgpa.posterior import AttentionPosterior
@@ -223,7 +222,7 @@ class SGPAttention(GaussianAttention):
             return hot.heads, None
         output = {"marginal": "diagonal", "joint": "full"}.get(self.sampling, "mean")
         post, query, weights = self._posterior(tokens, output)
-        heads = self._draw(post, query)
+        heads = self.inducing.draw(post, query, self.sampling, self.generator, self.jitter, *self._key_projection())
         self._kl = self._all_heads(post.kl_global), post.kl_amortised.sum((-2, -1))
         return heads, weights
 
@@ -401,28 +400,6 @@ class SGPAttention(GaussianAttention):
         mean, weights = softmax_attention(query, key, value, tokens)
         post = self.inducing.posterior(query, **self.kernel_options(), output=output)
         return post._replace(mean=mean + post.mean), query, weights
-
-    def _draw(self, post: AttentionPosterior, query: Tensor) -> Tensor:
-        """One draw of the heads, ``(B, H, Tq, D)``."""
-        if self.sampling == "mean":
-            return post.mean
-        if self.sampling == "marginal":
-            assert post.variance is not None
-            return marginal_sample(post.mean, post.variance, self.generator)
-        if self.sampling == "joint":
-            assert post.covariance is not None
-            return joint_sample(post.mean, post.covariance, self.generator)
-        noise = pathwise_noise(
-            query,
-            self.inducing.key(*self._key_projection()),
-            self.inducing.scale,
-            *self._kernel_parameters(),
-            num_dims=self.head_dim,
-            factor=post.factor,
-            jitter=self.jitter,
-            generator=self.generator,
-        )
-        return (post.mean + noise).to(post.mean.dtype)
 
     def _explained_root(self, query: Tensor, factor: Tensor | None) -> Tensor:
         r"""A root of what the inducing variables explain, :math:`V S V^\top`, ``(B, H, D, T, M)`` or with D = 1."""

@@ -184,13 +184,13 @@ def _fit(logits: Tensor, labels: Tensor, variances: Tensor) -> Calibration:
     for power in POWERS if variances.any() else ():
         level = variance_level(variances, power)
         typical = level.mean()
+        relative = level / typical
         # Starts: half of the squared temperature for everybody, half for the variances; and mostly the latter.
         for share in (0.5, 0.9):
             ends = torch.stack([single * (1 - share), single * share]).log() / bound
             start = bound * torch.atanh(ends.clamp(-0.99, 0.99))
-            relative = level / typical
             a, b = within(_minimise(lambda t, s=relative: nlpd(within(t[0]), within(t[1]), s), start))  # type: ignore[misc]
-            found.append((nlpd(a, b, level / typical).item(), a, float(b / typical), power))
+            found.append((nlpd(a, b, relative).item(), a, float(b / typical), power))
     # Of minima that are equal but for rounding, the simpler one.
     best = min(found, key=lambda f: (round(f[0], 9), f[3], f[2]))
     size = spread.square()

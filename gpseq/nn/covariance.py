@@ -65,7 +65,7 @@ def fit_covariance(
     Args:
         model: any module with attention that can be replaced, or was.
         loader: batches: tensors; tuples or lists, whose first element goes to the model; or mappings,
-            ``model(**batch)``. 500 examples are enough for small models.
+            ``model(**batch)``. The benchmarks use 2,000 examples.
         num_inducing: M, inducing keys a head, for attention that is replaced here; layers that have Gaussian processes
             already keep their number.
         weight: w, how many observations with unit noise the tokens are worth together. Results hardly change above

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
 from gpseq.checks import check_count
 from gpseq.nn.projection import ProjectedAttention, Tokens
-from gpseq.sgpa.arguments import check_choice
+from gpseq.nn.sampling import Sampled
 from gpseq.sgpa.draws import deviations
 
 
-class GaussianAttention(ProjectedAttention):
+class GaussianAttention(Sampled, ProjectedAttention):
     """Base of attention layers whose heads are Gaussian processes.
 
-    Subclasses implement :meth:`marginals`, and say in ``SAMPLING`` how they can draw.
+    Subclasses implement :meth:`marginals`.
 
     Attributes:
-        sampling: how the layer draws; may be set at any time.
         num_samples: how many times each sequence stands in the batch; divergences are averaged over them. 1 unless set.
     """
-
-    SAMPLING: ClassVar[tuple[str, ...]] = ("marginal", "mean")
-
-    @property
-    def sampling(self) -> str:
-        """How the layer draws."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: str) -> None:
-        check_choice("sampling", sampling, self.SAMPLING)
-        self._sampling = sampling
 
     @property
     def num_samples(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,12 +66,24 @@ def use_generator(model: nn.Module, generator: torch.Generator | None) -> Iterat
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}.")
-    layers = [module for module in model.modules() if isinstance(module, Draws)]
-    before = [layer.generator for layer in layers]
+    with setting([module for module in model.modules() if isinstance(module, Draws)], "generator", generator):
+        yield
+
+
+@contextmanager
+def setting(layers: Sequence[Draws], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of some layers for a while.
+
+    Args:
+        layers: that have it.
+        name: of the attribute.
+        value: for all of them.
+    """
+    before = [getattr(layer, name) for layer in layers]
     try:
         for layer in layers:
-            layer.generator = generator
+            setattr(layer, name, value)
         yield
     finally:
         for layer, former in zip(layers, before, strict=True):
-            layer.generator = former
+            setattr(layer, name, former)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpseq.nn.projection import may_look
+from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
 from gpseq.sgpa.inducing import inducing_posterior
 from gpseq.sgpa.posterior import AttentionPosterior
 from gpseq.sgpa.scales import DiagonalScale, LowRankScale, Scale
@@ -181,6 +182,51 @@ class InducingKeys(nn.Module):
         return (
             post if query.shape[-2] == tokens else post._replace(mean=post.mean.expand(*query.shape[:-2], tokens, -1))
         )
+
+    def draw(
+        self,
+        post: AttentionPosterior,
+        query: Tensor,
+        sampling: str,
+        generator: torch.Generator | None,
+        jitter: float | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """One draw of the heads.
+
+        Args:
+            post: at the queries, with a variance for ``"marginal"``, and a covariance for ``"joint"``.
+            query: projected, ``(B, H, T, D)``.
+            sampling: ``"marginal"``, ``"joint"``, ``"pathwise"`` or ``"mean"``.
+            generator: of the draws; ``None`` is torch's default generator.
+            jitter: relative; ``None`` fits the dtype.
+            weight: of the projection of locations, see :meth:`key`.
+            bias: likewise.
+
+        Returns:
+            ``(B, H, T, D)``.
+        """
+        if sampling == "mean":
+            return post.mean
+        if sampling == "marginal":
+            assert post.variance is not None
+            return marginal_sample(post.mean, post.variance, generator)
+        if sampling == "joint":
+            assert post.covariance is not None
+            return joint_sample(post.mean, post.covariance, generator)
+        noise = pathwise_noise(
+            query,
+            self.key(weight, bias),
+            self.scale,
+            self.log_lengthscale.exp(),
+            self.log_variance.exp(),
+            num_dims=self.value.shape[-1],
+            factor=post.factor,
+            jitter=jitter,
+            generator=generator,
+        )
+        return (post.mean + noise).to(post.mean.dtype)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

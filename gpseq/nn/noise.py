@@ -13,7 +13,7 @@ from torch import nn
 
 from gpseq.checks import check_count, stacklevel_outside
 from gpseq.logits import log_mean_exp, log_softmax
-from gpseq.nn.capture import Forward, evaluating, mean_depends_on_keys
+from gpseq.nn.capture import Forward, called, evaluating, mean_depends_on_keys
 from gpseq.nn.generator import undisturbed, use_generator
 from gpseq.nn.labelled import Labels, batches_of, run
 from gpseq.nn.sampling import use_sampling
@@ -80,8 +80,7 @@ def calibrate_noise(
     for name, layer in layers.items():
         if mean_depends_on_keys(layer):
             raise ValueError(
-                f"model: expected layers whose mean does not depend on the variance, {name or 'the model itself'} has "
-                "another."
+                f"model: expected layers whose mean does not depend on the variance, {called(name)} has another."
             )
     batches = list(batches_of(loader))
     device = next(model.parameters()).device

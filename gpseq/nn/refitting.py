@@ -66,7 +66,8 @@ class CovarianceRefit:
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 1)
         >>> batches = [torch.randn(16, 5, 8) for _ in range(4)]
         >>> refit = CovarianceRefit(model, batches, num_inducing=8, every=50)
         >>> optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

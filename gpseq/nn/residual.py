@@ -9,14 +9,13 @@ from torch import Tensor
 
 from gpseq.checks import check_count, check_jitter
 from gpseq.nn.divergence import divergence_of_data
-from gpseq.nn.generator import Draws
 from gpseq.nn.inducing import COVARIANCES, InducingKeys
+from gpseq.nn.sampling import Sampled
 from gpseq.sgpa.arguments import check_choice
-from gpseq.sgpa.draws import joint_sample, marginal_sample, pathwise_noise
 from gpseq.sgpa.posterior import AttentionPosterior
 
 
-class ResidualGP(Draws):
+class ResidualGP(Sampled):
     r"""What mode ``"residual"`` adds to trained attention, for hosts that compute the attention themselves.
 
     .. math:: f = A + g, \qquad g \sim GP(0, k) \text{ on the queries}, \qquad m = A + K_{qg}\, v_g
@@ -86,16 +85,6 @@ class ResidualGP(Draws):
         )
         self.reset_parameters()
 
-    @property
-    def sampling(self) -> str:
-        """How the layer draws."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, sampling: str) -> None:
-        check_choice("sampling", sampling, self.SAMPLING)
-        self._sampling = sampling
-
     def reset_parameters(self) -> None:
         """Draw inducing keys anew; q(u) is the prior, and the noise about a hundredth of normalised tokens."""
         variance = 1e-4 if self.kernel == "rbf" else 3e-5  # as mode "residual" of SGPAttention has it
@@ -148,29 +137,8 @@ class ResidualGP(Draws):
             raise ValueError(f"heads: expected the shape of query, {tuple(query.shape)}, got {tuple(heads.shape)}.")
         post = self.posterior(query, {"marginal": "diagonal", "joint": "full"}.get(self.sampling, "mean"))
         self._batch = query.shape[0]
-        return (heads + self._draw(post, query)).to(heads.dtype)
-
-    def _draw(self, post: AttentionPosterior, query: Tensor) -> Tensor:
-        if self.sampling == "mean":
-            return post.mean
-        if self.sampling == "marginal":
-            assert post.variance is not None
-            return marginal_sample(post.mean, post.variance, self.generator)
-        if self.sampling == "joint":
-            assert post.covariance is not None
-            return joint_sample(post.mean, post.covariance, self.generator)
-        inducing = self.inducing
-        return post.mean + pathwise_noise(
-            query,
-            inducing.location,
-            inducing.scale,
-            inducing.log_lengthscale.exp(),
-            inducing.log_variance.exp(),
-            num_dims=self.head_dim,
-            factor=post.factor,
-            jitter=self.jitter,
-            generator=self.generator,
-        )
+        drawn = self.inducing.draw(post, query, self.sampling, self.generator, self.jitter)
+        return (heads + drawn).to(heads.dtype)
 
     def kl_divergence(self, num_data: int | None = None, convention: str | None = None) -> Tensor:
         r"""What q(u) costs, in nats: all sequences share it.

@@ -1,14 +1,35 @@
-"""How the layers of a model draw, set for a while."""
+"""How layers of Gaussian processes draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import ClassVar
 
 from torch import nn
 
-from gpseq.nn.generator import Draws
+from gpseq.nn.generator import Draws, setting
+from gpseq.sgpa.arguments import check_choice
+
+
+class Sampled(Draws):
+    """A layer that draws from Gaussian processes in one of several ways, which ``SAMPLING`` names.
+
+    Attributes:
+        sampling: how the layer draws; may be set at any time.
+    """
+
+    SAMPLING: ClassVar[tuple[str, ...]] = ("marginal", "mean")
+
+    @property
+    def sampling(self) -> str:
+        """How the layer draws."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: str) -> None:
+        check_choice("sampling", sampling, self.SAMPLING)
+        self._sampling = sampling
 
 
 @contextmanager
@@ -34,12 +55,5 @@ def use_sampling(model: nn.Module, sampling: str) -> Iterator[None]:
         >>> layer.sampling
         'marginal'
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Draws) and hasattr(layer, "sampling")]
-    before = [layer.sampling for layer in layers]
-    try:
-        for layer in layers:
-            layer.sampling = sampling
+    with setting([module for module in model.modules() if isinstance(module, Sampled)], "sampling", sampling):
         yield
-    finally:
-        for layer, former in zip(layers, before, strict=True):
-            layer.sampling = former

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gpseq.nn.capture import Layer, Seen, layers_with_keys, mean_over_tokens, watching
+from gpseq.nn.capture import Layer, Seen, called, layers_with_keys, mean_over_tokens, watching
 from gpseq.nn.sampling import use_sampling
 
 #: A relative variance above this counts as this; its eighth power is a number in float32 still.
@@ -46,7 +46,7 @@ class VarianceRecord:
             RuntimeError: a layer was not called.
             ValueError: a layer was called with sequences of several lengths, and tokens are asked for.
         """
-        silent = [name or "the model itself" for name in self.layers if name not in self._calls]
+        silent = [called(name) for name in self.layers if name not in self._calls]
         if silent:
             raise RuntimeError(f"model: expected every layer to be called, {', '.join(silent)} was not.")
         found = {}
@@ -92,7 +92,9 @@ def fitted_layers(model: nn.Module) -> dict[str, Layer]:
         ValueError: there is no such layer.
     """
     layers = layers_with_keys(model)
-    blank = [name or "the model itself" for name, layer in layers.items() if not layer.inducing.typical_variance.any()]
+    # One question to the device for all layers.
+    fitted = torch.stack([layer.inducing.typical_variance.any() for layer in layers.values()]).tolist()
+    blank = [called(name) for name, known in zip(layers, fitted, strict=True) if not known]
     if blank:
         raise RuntimeError(
             f"model: expected covariances that were fitted to data, {', '.join(blank)} was not; call "
