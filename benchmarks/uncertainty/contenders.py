@@ -334,10 +334,9 @@ CONTENDERS: dict[str, Contender] = {
     "GP from scratch": lambda source: gp(source, kind="gp"),
     "GP from scratch, sampled": lambda source: gp_sampled(source, "gp"),
     "GP from scratch, mean only": lambda source: gp_mean(source, "gp"),
+    "GP from scratch, no dropout": lambda source: gp(source, kind="gp without dropout"),
     "constant noise": constant_noise,
     "class distance": class_distance,
-    "MLE without dropout": lambda source: mle(source, "no dropout"),
-    "MLE without dropout + temperature": lambda source: temperature(source, "no dropout"),
     "no attention": no_attention,
 }
 #: Those that depend on the package's attention.
@@ -345,7 +344,7 @@ OURS = tuple(name for name in CONTENDERS if name.startswith("GP") or name == "co
 #: What is trained for a contender, in units of ordinary networks, by kind.
 TRAINED: dict[str, tuple[str, int]] = {
     **{name: ("gp", 1) for name in CONTENDERS if "from scratch" in name},
-    **{name: ("no dropout", 1) for name in CONTENDERS if "without dropout" in name},
+    "GP from scratch, no dropout": ("gp without dropout", 1),
     "SNGP": ("sngp", 1),
     "no attention": ("none", 1),
     "ensemble of 5": ("softmax", 5),

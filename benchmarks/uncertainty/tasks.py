@@ -66,7 +66,7 @@ class Task:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
-    kinds: tuple[str, ...] = ("softmax", "none", "sngp", "no dropout", "gp")
+    kinds: tuple[str, ...] = ("softmax", "none", "sngp", "gp", "gp without dropout")
     seeds: int = 5
 
     @property

@@ -148,6 +148,7 @@ def intents(smoke: bool = False) -> Task:
         num_classes=15 if smoke else 150,
         epochs=1 if smoke else 15,
         seeds=3,
+        kinds=("softmax", "none", "sngp", "gp"),
     )
 
 
@@ -207,6 +208,7 @@ def _task(
     epochs: int,
     seeds: int = 5,
     positions: int = 0,
+    kinds: tuple[str, ...] = Task.kinds,
 ) -> Task:
     train, val, test = (_part(part) for part in parts)
     longest = max(part.inputs.shape[1] for part in (train, val, test, *shifted.values(), *ood.values()))
@@ -221,6 +223,7 @@ def _task(
         ood=ood,
         make=lambda attention: TextTransformer(num_words, num_classes, longest, attention),
         epochs=epochs,
+        kinds=kinds,
         seeds=seeds,
     )
 
