@@ -12,7 +12,6 @@ export MPLBACKEND := Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test setup lint types format tests quick examples docs benchmarks report wheel wheel-test clean help
-.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
@@ -52,8 +51,10 @@ demo: $(STAMP)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-# The tests come last, so that pytest's closing line closes the run.
-test: lint types examples docs tests
+# Checks run two at a time. The tests come last, so that pytest's closing line closes the run.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint types examples docs
+	@$(MAKE) --no-print-directory tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

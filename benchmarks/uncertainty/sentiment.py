@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gpseq.integrations.huggingface  # noqa: F401, tells gpseq.nn of BERT's attention
 from benchmarks.uncertainty.tasks import Part, Task
 from benchmarks.uncertainty.texts import crop, mean_over_words
 from gpseq import datasets
