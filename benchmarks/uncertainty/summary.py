@@ -22,6 +22,7 @@ ROWS = {
     "GP": "**`fit_covariance`, one pass**",
     "GP, sampled": "`fit_covariance`, 10 draws",
     "GP from scratch": "`CovarianceRefit` in training, one pass",
+    "GP from scratch, no dropout": "the same, noise in the place of dropout",
     "no attention": "without attention (control)",
 }
 TITLES = {
