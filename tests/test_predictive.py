@@ -393,7 +393,7 @@ def test_probabilities_of_a_gaussian(form):
 
 def test_noise_that_all_logits_share_changes_no_probability():
     p = Predictive.from_moments(random(5, E), RootLinearOperator(4 * torch.ones(5, E, 1, dtype=torch.float64)))
-    for method in ("sample", "probit_pairs"):
+    for method in ("sample", "probit_pairs", "laplace_bridge"):
         torch.testing.assert_close(p.probs(method), p.mean.softmax(-1))
     torch.testing.assert_close(p.mutual_information(), torch.zeros(5).double(), atol=1e-12, rtol=0)
     assert (p.probs("probit") - p.mean.softmax(-1)).abs().max() > 0.05
@@ -405,6 +405,9 @@ def test_one_logit_of_a_gaussian():
     for method in ("probit", "probit_pairs"):
         torch.testing.assert_close(p.probs(method), torch.stack([1 - expected, expected], -1))
     torch.testing.assert_close(p.log_prob(torch.ones(5).long(), "probit"), expected.log())
+    pair = torch.stack([torch.zeros(5).double(), p.mean.squeeze(-1)], -1)
+    two = Predictive.from_moments(pair, variance=torch.stack([torch.zeros(5).double(), p.variance.squeeze(-1)], -1))
+    torch.testing.assert_close(p.probs("laplace_bridge"), two.probs("laplace_bridge"))
     assert p.probs().shape == (5, 2)
     torch.testing.assert_close(p.probs(num_samples=20_000)[:, 1], expected, atol=1e-2, rtol=0)
 
@@ -445,7 +448,8 @@ def test_classes_at_points():
         g = Predictive.from_distribution(q)
         for method in PROBS_METHODS:
             torch.testing.assert_close(g.probs(method).sum(-1), torch.ones(n).double())
-        torch.testing.assert_close(g.probs("probit_pairs"), g.pointwise().probs("probit_pairs"))
+        for method in ("probit_pairs", "laplace_bridge"):
+            torch.testing.assert_close(g.probs(method), g.pointwise().probs(method))
         many = g.rsample(50_000).softmax(-1).mean(0)
         torch.testing.assert_close(g.probs(num_samples=20_000), many, atol=2e-2, rtol=0)
 
@@ -536,6 +540,7 @@ def test_gradients_of_a_gaussian(form):
         lambda p: p.log_prob(y),
         lambda p: p.probs(num_samples=4, generator=torch.Generator().manual_seed(0)),
         lambda p: p.probs("probit_pairs"),
+        lambda p: p.probs("laplace_bridge"),
         lambda p: p.log_prob(labels, "probit"),
         lambda p: p[0].rsample(2, torch.Generator().manual_seed(0)),
     ):
@@ -742,6 +747,28 @@ def test_it_is_a_value():
     assert list(q.scores) == ["a"]
 
 
+def test_notes_travel_along(tmp_path):
+    for p in (gaussian("dense", (6,)), draws((6,)), gaussian("root", (6,), noise=0.1)):
+        assert dict(p.notes) == {}
+        noted = p.noted(covariance="full").noted(columns=3)
+        same(noted, p)  # nothing else is changed
+        expected = {"covariance": "full", "columns": 3}
+        parts = [noted[1:4], noted[torch.tensor([0, 2])], noted[0], noted.pointwise(), noted.detach(), noted.to("cpu")]
+        parts += [noted.to(torch.float32), copy.copy(noted), copy.deepcopy(noted), pickle.loads(pickle.dumps(noted))]
+        parts += [Predictive.cat([noted[:2], noted[2:]])]
+        for part in parts:
+            assert dict(part.notes) == expected
+        assert dict(Predictive.cat([noted, noted.noted(columns=4)]).notes) == {"covariance": "full"}
+        assert dict(Predictive.cat([noted, p]).notes) == dict(Predictive.cat([p, noted]).notes) == {}
+        with pytest.raises(TypeError):
+            noted.notes["covariance"] = "diag"
+    before = {name: value for name, value in p.__getstate__().items() if name != "notes"}  # a file from before notes
+    old = Predictive.__new__(Predictive)
+    old.__setstate__(before)
+    assert dict(old.notes) == {}
+    same(old, p)
+
+
 def test_repr():
     p = draws((2, 3), torch.float32, scores={"b": torch.zeros(2, 3), "a": torch.zeros(2, 3, 7)})
     assert repr(p) == (
@@ -837,7 +864,7 @@ def test_bad_values_are_named(build, error, message):
             ValueError,
             r"y: expected labels of shape \(2,\), got \(2, 1\)",
         ),
-        (lambda p: p.probs("mean"), ValueError, "method: expected one of sample, probit, probit_pairs, got 'mean'"),
+        (lambda p: p.probs("mean"), ValueError, "method: expected one of sample, probit, probit_pairs, l"),
         (lambda p: p.probs(num_samples=0), ValueError, "num_samples: "),
         (lambda p: p.rsample(0), ValueError, "n: expected at least 1"),
         (lambda p: p.rsample(2.0), TypeError, "n: expected an integer"),
@@ -900,7 +927,7 @@ def test_a_dtype_that_a_lazy_kernel_has_not_is_that_of_its_values():
 def test_forbidden_classes():
     mean = torch.tensor([[1.0, -math.inf, 0.0]])
     g, two = Predictive.from_moments(mean, torch.eye(3)), Predictive.from_moments(mean[:, ::2], torch.eye(2))
-    for method in ("probit", "probit_pairs"):
+    for method in ("probit", "probit_pairs", "laplace_bridge"):
         torch.testing.assert_close(g.probs(method)[:, ::2], two.probs(method))
     for probs in (g.probs(), *(g.probs(method) for method in PROBS_METHODS)):
         assert probs[0, 1] == 0 and not probs.isnan().any()
