@@ -29,6 +29,10 @@ help:
 # torch goes first and alone, and the constraint holds it: otherwise pip may choose another build (constraints.txt).
 PIN := pip install --quiet torch==$(TORCH)
 INSTALL := pip install --quiet -c constraints.txt
+# laplace-torch, against which its adapter is tested, and what it imports. It and BackPACK list torchvision, and import
+# none of it: all go in without dependencies. numpy, scipy, tqdm and torchmetrics are there already.
+LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops opt-einsum unfoldNd
+CHECK_LAPLACE := -W ignore -c 'import laplace, sys; assert "torchvision" not in sys.modules'
 CHECK_PIN := -c 'import torch; v = torch.__version__; assert v.startswith("$(TORCH)"), f"torch {v} is not $(TORCH)"'
 
 setup: $(STAMP)
@@ -38,7 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m $(PIN)
 	@$(BIN)/python -m $(INSTALL) -e '.[dev,cli]'
+	@$(BIN)/python -m $(INSTALL) --no-deps $(LAPLACE)
 	@$(BIN)/python $(CHECK_PIN)
+	@$(BIN)/python $(CHECK_LAPLACE)
 	@touch $@
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -108,6 +114,7 @@ wheel-test: wheel
 	$(PYTHON) -m venv "$$dir/venv"; python="$$dir/venv/bin/python"; \
 	"$$python" -m $(PIN); \
 	"$$python" -m $(INSTALL) "$$(ls build/wheel/gpseq-*.whl)[test,cli]"; \
+	"$$python" -m $(INSTALL) --no-deps $(LAPLACE); \
 	"$$python" $(CHECK_PIN); \
 	cd "$$dir"; \
 	"$$python" -c 'import gpseq; assert "site-packages" in gpseq.__file__, gpseq.__file__'; \

@@ -21,6 +21,8 @@ CASES += ("counts", "moons", "memories", "adaptive", "paths", "learning")
 CASES += ("experiments_series", "experiments_tables", "experiments_counts", "experiments_moons")
 CASES += ("space_time", "fleet", "digits", "fantasies", "drift", "attention")
 CASES += ("fashion", "intents", "agreement", "sentiment")
+CASES += ("moments", "minilm")
+CASES += ("quality_images", "quality_texts", "quality_minilm")
 RESULTS = Path(__file__).parent / "results"
 
 

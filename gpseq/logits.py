@@ -124,6 +124,64 @@ def probit_pairs(mean: Tensor, covariance: Tensor) -> Tensor:
     return (-odds.logsumexp(-1)).masked_fill(forbidden, -math.inf)
 
 
+def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+    r"""Logarithms of the parameters of a Dirichlet that stands for a Gaussian over logits.
+
+    A shift of all logits changes no probability, so the Gaussian is projected onto logits that sum to zero,
+    :math:`\mu = P m` and :math:`v = \operatorname{diag}(P C P)` with :math:`P = I - 1 1^\top / K`. Where the mean of v
+    is :math:`c \sqrt{K / 2}` with c above one, both are scaled down, :math:`\mu / \sqrt c` and :math:`v / c`. Then
+
+    .. math:: \alpha_k = \frac1{v_k} \Bigl( 1 - \frac2K + \frac{e^{\mu_k}}{K^2} \sum_l e^{-\mu_l} \Bigr)
+
+    which is exact for :math:`\mu = P \log \alpha` and :math:`C = P \operatorname{diag}(1 / \alpha) P`, the Laplace
+    approximation of a Dirichlet in the logits. A Gaussian that is not of this kind has one mean and variance too many
+    for each class: with more than two classes the mean of the Dirichlet does not tend to softmax(m) as the variance
+    vanishes, and it is much too flat for many classes.
+
+    Args:
+        mean: m, ``(*batch, K)``.
+        covariance: C, ``(*batch, K, K)``.
+
+    Returns:
+        :math:`\log \alpha`, ``(*batch, K)``, whose softmax is the mean of the Dirichlet; the mean itself, up to a
+        constant, where all noise is shared, for which there is no Dirichlet. A class whose mean is minus infinity is
+        forbidden, and the others are what they are without it.
+
+    Source:
+        Hobbhahn, Kristiadi and Hennig (2022), Fast predictive uncertainty for classification with Bayesian deep
+        networks. There the Gaussian is conditioned on a sum of zero, which lets shared noise move the means, and it is
+        scaled for small variances as well, which makes it sharper the smaller they are.
+
+    Example:
+        >>> alpha = torch.tensor([4.0, 2.0, 1.0])
+        >>> laplace_bridge(alpha.log(), torch.diag(1 / alpha)).exp()
+        tensor([4.0000, 2.0000, 1.0000])
+    """
+    centre, wide = widened(mean), widened(covariance)
+    forbidden = centre == -math.inf
+    allowed = (~forbidden).to(wide.dtype)
+    number = allowed.sum(-1, keepdim=True).clamp_min(1)
+
+    def average(value: Tensor) -> Tensor:
+        return (value * allowed).sum(-1, keepdim=True) / number
+
+    known = centre.masked_fill(forbidden, 0.0)
+    known = known - average(known)
+    variance = wide.diagonal(dim1=-1, dim2=-2)
+    shared = (wide * allowed.unsqueeze(-2)).sum(-1) / number
+    own = (variance - 2 * shared + average(shared)).clamp_min(0)
+    rounding = 8 * torch.finfo(wide.dtype).eps
+    certain = average(own) <= rounding * average(variance.abs())
+    own = torch.where(certain, 1.0, own)
+    own = torch.maximum(own, rounding * average(own).detach())
+    scale = (average(own) / (number / 2).sqrt()).clamp_min(1)
+    point, own = known / scale.sqrt(), own / scale
+    others = (-point).masked_fill(forbidden, -math.inf).logsumexp(-1, keepdim=True)
+    flat = (1 - 2 / number).clamp_min(0).log()
+    log_alpha = torch.logaddexp(flat, point + others - 2 * number.log()) - own.log()
+    return torch.where(certain, known, log_alpha).masked_fill(forbidden, -math.inf)
+
+
 def widened(value: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is."""
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

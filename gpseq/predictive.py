@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from linear_operator.operators import DiagLinearOperator, LinearOperator
 from torch import Tensor
 
-from gpseq.checks import check_count, check_floating
-from gpseq.logits import entropy, log_mean_exp, log_softmax, probit, probit_pairs, widened
+from gpseq.checks import check_count, check_floating, check_number
+from gpseq.logits import entropy, laplace_bridge, log_mean_exp, log_softmax, probit, probit_pairs, widened
 from gpseq.prediction_checks import (
     broadcast,
     check_dim,
@@ -30,7 +31,7 @@ from gpseq.spread import Spread
 #: Draws from a Gaussian where class probabilities are averaged over them.
 NUM_DRAWS = 256
 #: How a Gaussian over logits becomes probabilities.
-PROBS_METHODS = ("sample", "probit", "probit_pairs")
+PROBS_METHODS = ("sample", "probit", "probit_pairs", "laplace_bridge")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +40,8 @@ class Predictive:
 
     It is about the latent function values or logits f. For each element of the batch there is one *event*: the E
     outputs of a network, the n points of a Gaussian process, or n points with t tasks each. Noise of observations
-    stands beside it, and only :meth:`log_prob` looks at it: the variance of y is ``variance + noise``.
+    stands beside it, and only :meth:`log_prob` and :meth:`interval` look at it: the variance of y is
+    ``variance + noise``.
 
     Make one with :meth:`from_samples`, :meth:`from_moments` or :meth:`from_distribution`. Gradients flow through
     everything. Probabilities, entropies and log probabilities are in float32 where f is in half precision.
@@ -49,6 +51,7 @@ class Predictive:
         noise: noise variances of y, as ``samples`` or, for a Gaussian, ``(*batch, *event)``; ``None`` if not known.
         scores: named tensors ``(*batch, ...)`` that travel along.
         event_dim: number of dimensions of an event, 1 or 2.
+        notes: how it was made, by name, such as the form of covariance that a propagation took; see :meth:`noted`.
 
     Example:
         >>> p = Predictive.from_samples(torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]]))  # two draws of two logits
@@ -65,6 +68,7 @@ class Predictive:
     _mean: Tensor | None = None
     _spread: Spread | None = None
     _interleaved: bool = True  # whether the covariance counts tasks before points
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     # Making one
 
@@ -260,6 +264,25 @@ class Predictive:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Predictive({kind}, {shapes}, dtype={dtype}, device={self.device}{scores})"
 
+    def noted(self, **notes: Any) -> Predictive:
+        """The same with notes, values that say how it was made.
+
+        Parts of the batch and copies keep them. Of several predictions that are put together those remain in which all
+        agree.
+
+        Args:
+            notes: small values that can be compared, such as strings and numbers; earlier ones of other names stay.
+
+        Returns:
+            The prediction.
+
+        Example:
+            >>> p = Predictive.from_samples(torch.zeros(10, 8, 3)).noted(covariance="full")
+            >>> p[2:5].notes["covariance"]
+            'full'
+        """
+        return replace(self, notes=MappingProxyType({**self.notes, **notes}))
+
     # Moments and draws
 
     @property
@@ -387,6 +410,39 @@ class Predictive:
         residual = self._flatten(y.double() - exact.mean.double())
         return exact._moments().log_density(residual, noise).to(widened(self._like).dtype)
 
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        r"""Central interval of each observation by itself, which it is in with a probability.
+
+        A Gaussian has :math:`m \mp z \sqrt{v + \text{noise}}` with :math:`\Phi(z) = (1 + \text{level}) / 2`. Draws have
+        the quantiles of their mixture, each with its noise about it; they carry no gradient. Without noise the interval
+        is that of f.
+
+        Args:
+            level: the probability, between 0 and 1.
+
+        Returns:
+            Lower and upper ends, ``(*batch, *event)`` each.
+
+        Raises:
+            ValueError: another level.
+
+        Example:
+            >>> p = Predictive.from_moments(torch.tensor([1.0]), variance=torch.tensor([3.0]), noise=1.0)
+            >>> p.interval(0.95)
+            (tensor([-2.9199]), tensor([4.9199]))
+        """
+        expected = "a probability between 0 and 1"
+        probability = check_number("level", level, above=0.0, expected=expected)
+        if probability >= 1:
+            raise ValueError(f"level: expected {expected}, got {level!r}.")
+        if self.samples is not None:
+            ends = (1 - probability) / 2, (1 + probability) / 2
+            lower, upper = (_mixture_quantile(self.samples, self.noise, end) for end in ends)
+            return lower, upper
+        total = self.variance if self.noise is None else self.variance + self.noise
+        width = NormalDist().inv_cdf((1 + probability) / 2) * total.sqrt()
+        return self.mean - width, self.mean + width
+
     # Classes
 
     def probs(
@@ -395,7 +451,7 @@ class Predictive:
         r"""Class probabilities, where f are logits.
 
         Draws: :math:`\tfrac1S \sum_s \operatorname{softmax}(f_s)`; the logits are never averaged. A Gaussian has
-        three methods:
+        four methods:
 
         - ``"sample"``: the same with antithetic draws, the same for all elements of the batch, so that rows can be
           compared.
@@ -403,7 +459,12 @@ class Predictive:
           correlations: noise that all logits share moves it, though it moves no probability.
         - ``"probit_pairs"``: :math:`p_k \propto 1 / \sum_j \exp(-(m_k - m_j) / \sqrt{1 + \tfrac\pi8 s_{kj}^2})`,
           :math:`s_{kj}^2` the variance of the difference of the logits k and j. Deterministic, exact where shared noise
-          is all there is, O(K^2).
+          is all there is, O(K^2). For few classes: each pair is flattened by itself, which adds up, so that with ten
+          independent logits of unit variance about a twentieth of the probability is misplaced, towards the unlikely
+          classes, and with a hundred more than a tenth.
+        - ``"laplace_bridge"``: mean of the Dirichlet that :func:`gpseq.logits.laplace_bridge` makes of the Gaussian.
+          Deterministic, and for comparison only: with more than two classes it is too flat however small the
+          variances are.
 
         One logit is that of class 1 of two.
 
@@ -419,7 +480,9 @@ class Predictive:
             ValueError: an unknown method, a number of draws where the draws are given, or NaN among the logits.
 
         Source:
-            MacKay (1992), The evidence framework applied to classification networks, for the probit rule.
+            MacKay (1992), The evidence framework applied to classification networks, for the probit rule;
+            Hobbhahn, Kristiadi and Hennig (2022), Fast predictive uncertainty for classification with Bayesian deep
+            networks, for the bridge.
 
         Example:
             >>> p = Predictive.from_moments(torch.tensor([3.0]), variance=torch.tensor([9.0]))
@@ -496,7 +559,7 @@ class Predictive:
             noise = noise.unsqueeze(-1)
         if self.samples is not None:
             samples = self.samples if self.event_dim == 2 else self.samples.unsqueeze(-1)
-            return Predictive(samples, noise, MappingProxyType(scores))
+            return Predictive(samples, noise, MappingProxyType(scores), notes=self.notes)
         assert self._spread is not None
         if self.event_dim == 1:
             return Predictive(
@@ -505,10 +568,10 @@ class Predictive:
                 MappingProxyType(scores),
                 _mean=self.mean.unsqueeze(-1),
                 _spread=Spread(self.variance.unsqueeze(-1)),
+                notes=self.notes,
             )
-        return Predictive(
-            None, noise, MappingProxyType(scores), _mean=self.mean, _spread=self._spread.blocks(n, t, self._interleaved)
-        )
+        spread = self._spread.blocks(n, t, self._interleaved)
+        return Predictive(None, noise, MappingProxyType(scores), _mean=self.mean, _spread=spread, notes=self.notes)
 
     def __getitem__(self, index: Any) -> Predictive:
         """Part of the batch: integers, slices, tensors, arrays or lists of them, masks and ``...``, as for tensors."""
@@ -578,6 +641,7 @@ class Predictive:
             first.event_dim,
             torch.cat([part.mean for part in parts], dim) if samples is None else None,
             Spread.cat(spreads, dim) if spreads else None,
+            notes=MappingProxyType({name: first.notes[name] for name in first.notes if _agree(parts, name)}),
         )
 
     # Places and copies
@@ -612,11 +676,11 @@ class Predictive:
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: values, and never a lazy covariance that drags its model along."""
         plain = self._map(lambda t: t)
-        return {**vars(plain), "scores": dict(plain.scores)}
+        return {**vars(plain), "scores": dict(plain.scores), "notes": dict(plain.notes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, MappingProxyType(value) if name == "scores" else value)
+        for name, value in {"notes": {}, **state}.items():  # files of earlier versions have no notes
+            object.__setattr__(self, name, MappingProxyType(value) if name in ("scores", "notes") else value)
 
     # Inside
 
@@ -637,6 +701,7 @@ class Predictive:
             None if self._mean is None else function(self._mean),
             spread,
             self._interleaved,
+            self.notes,
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Predictive:
@@ -715,12 +780,38 @@ class Predictive:
             raise ValueError(f"method: draws are averaged by 'sample', got {method!r}, which is for Gaussians.")
         if method == "probit":
             return log_softmax(probit(self.mean, self.variance))
-        if self.event_shape[-1] == 1:  # a pair already
+        if self.event_shape[-1] == 1 and method == "probit_pairs":  # a pair already
             return self._log_probs("probit", None, None)
         if self.event_dim == 2:
             return self.pointwise()._log_probs(method, None, None)
         assert self._spread is not None
-        return log_softmax(probit_pairs(self.mean, self._spread.dense))
+        mean, covariance = self.mean, self._spread.dense
+        if method == "probit_pairs":
+            return log_softmax(probit_pairs(mean, covariance))
+        if self.event_shape[-1] == 1:
+            mean, covariance = torch.nn.functional.pad(mean, (1, 0)), torch.nn.functional.pad(covariance, (1, 0, 1, 0))
+        return log_softmax(laplace_bridge(mean, covariance))
+
+
+def _agree(predictions: Sequence[Predictive], name: str) -> bool:
+    """Whether all have the same note."""
+    found = [p.notes[name] for p in predictions if name in p.notes]
+    return len(found) == len(predictions) and all(value == found[0] for value in found)
+
+
+@torch.no_grad()
+def _mixture_quantile(centres: Tensor, variances: Tensor | None, probability: float) -> Tensor:
+    """Quantile of a mixture of normal distributions, ``(S, *shape)`` to ``(*shape)``, by bisection."""
+    wide = centres.double()
+    deviation = torch.zeros_like(wide) if variances is None else variances.double().sqrt()
+    ends = wide + NormalDist().inv_cdf(probability) * deviation  # of each, and that of the mixture is between them
+    low, high = ends.amin(0), ends.amax(0)
+    safe = deviation.clamp_min(torch.finfo(wide.dtype).tiny)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = torch.special.ndtr((middle - wide) / safe).mean(0) < probability
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return high.to(centres.dtype)
 
 
 def _without(batch: torch.Size, dim: int) -> tuple[int, ...]:

@@ -308,6 +308,46 @@ def test_density_of_draws_far_away_does_not_underflow():
     torch.testing.assert_close(p.log_prob(torch.tensor([30.0])), expected)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_intervals_of_a_gaussian(batch, dtype):
+    mean, noise = random(*batch, E, dtype=dtype), torch.rand(E, dtype=dtype)
+    covariance = random(*batch, E, E, dtype=dtype)
+    p = Predictive.from_moments(mean, covariance @ covariance.mT, noise=noise)
+    for level in (0.1, 0.5, 0.99):
+        lower, upper = p.interval(level)
+        normal = torch.distributions.Normal(p.mean, (p.variance + noise).sqrt())
+        torch.testing.assert_close(normal.cdf(upper) - normal.cdf(lower), torch.full_like(mean, level))
+        torch.testing.assert_close((lower + upper) / 2, mean)
+    lower, upper = Predictive.from_moments(mean, covariance @ covariance.mT).interval(0.5)
+    torch.testing.assert_close((upper - lower) / (2 * 0.6744897501960817), p.variance.sqrt())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_intervals_of_draws_are_those_of_the_mixture(batch, dtype):
+    noise = torch.rand(S, *batch, E, dtype=dtype) + 0.1
+    p = draws(batch, dtype, noise=noise)
+    lower, upper = p.interval(0.9)
+    normal = torch.distributions.Normal(p.samples, noise.sqrt())
+    for end, below in ((lower, 0.05), (upper, 0.95)):
+        torch.testing.assert_close(normal.cdf(end).mean(0), torch.full_like(end, below), atol=1e-5, rtol=0)
+    # Without noise: as many draws outside as the level leaves.
+    plain = Predictive.from_samples(random(1000, *batch, E, dtype=dtype))
+    lower, upper = plain.interval(0.9)
+    inside = ((plain.samples >= lower) & (plain.samples <= upper)).double().mean(0)
+    assert ((inside - 0.9).abs() <= 0.003).all()
+    assert lower.dtype == dtype and lower.shape == p.mean.shape
+    one = Predictive.from_samples(torch.ones(1, 3)).interval()
+    torch.testing.assert_close(torch.stack(one), torch.ones(2, 3))
+
+
+def test_intervals_of_tasks_and_bad_levels():
+    p = Predictive.from_moments(torch.zeros(4, 3), variance=torch.ones(3), event_dim=2)
+    assert p.interval()[0].shape == (4, 3)
+    for level in (0, 1, -0.5, 1.5, math.nan, True, "most"):
+        with pytest.raises(ValueError, match="level: expected a probability between 0 and 1"):
+            p.interval(level)
+
+
 def test_a_low_rank_density_needs_no_dense_matrix():
     size = 40_000  # dense: 13 GB in float64
     root = torch.randn(size, 2, dtype=torch.float64)
@@ -393,10 +433,22 @@ def test_probabilities_of_a_gaussian(form):
 
 def test_noise_that_all_logits_share_changes_no_probability():
     p = Predictive.from_moments(random(5, E), RootLinearOperator(4 * torch.ones(5, E, 1, dtype=torch.float64)))
-    for method in ("sample", "probit_pairs"):
+    for method in ("sample", "probit_pairs", "laplace_bridge"):
         torch.testing.assert_close(p.probs(method), p.mean.softmax(-1))
     torch.testing.assert_close(p.mutual_information(), torch.zeros(5).double(), atol=1e-12, rtol=0)
     assert (p.probs("probit") - p.mean.softmax(-1)).abs().max() > 0.05
+
+
+def test_pairs_are_flattened_one_by_one_and_are_for_few_classes():
+    generator = torch.Generator().manual_seed(0)
+    misplaced = {}
+    for classes in (2, 10, 100):
+        mean = 2 * torch.randn(100, classes, generator=generator, dtype=torch.float64)
+        p = Predictive.from_moments(mean, variance=torch.ones_like(mean))
+        right, pairs = p.probs(num_samples=2000, generator=generator), p.probs("probit_pairs")
+        misplaced[classes] = (pairs - right).abs().sum(-1).mean() / 2
+        assert classes == 2 or pairs.amax(-1).mean() < right.amax(-1).mean()
+    assert misplaced[2] < 0.01 and 0.03 < misplaced[10] < 0.07 and misplaced[100] > 0.1
 
 
 def test_one_logit_of_a_gaussian():
@@ -405,6 +457,9 @@ def test_one_logit_of_a_gaussian():
     for method in ("probit", "probit_pairs"):
         torch.testing.assert_close(p.probs(method), torch.stack([1 - expected, expected], -1))
     torch.testing.assert_close(p.log_prob(torch.ones(5).long(), "probit"), expected.log())
+    pair = torch.stack([torch.zeros(5).double(), p.mean.squeeze(-1)], -1)
+    two = Predictive.from_moments(pair, variance=torch.stack([torch.zeros(5).double(), p.variance.squeeze(-1)], -1))
+    torch.testing.assert_close(p.probs("laplace_bridge"), two.probs("laplace_bridge"))
     assert p.probs().shape == (5, 2)
     torch.testing.assert_close(p.probs(num_samples=20_000)[:, 1], expected, atol=1e-2, rtol=0)
 
@@ -445,7 +500,8 @@ def test_classes_at_points():
         g = Predictive.from_distribution(q)
         for method in PROBS_METHODS:
             torch.testing.assert_close(g.probs(method).sum(-1), torch.ones(n).double())
-        torch.testing.assert_close(g.probs("probit_pairs"), g.pointwise().probs("probit_pairs"))
+        for method in ("probit_pairs", "laplace_bridge"):
+            torch.testing.assert_close(g.probs(method), g.pointwise().probs(method))
         many = g.rsample(50_000).softmax(-1).mean(0)
         torch.testing.assert_close(g.probs(num_samples=20_000), many, atol=2e-2, rtol=0)
 
@@ -536,6 +592,7 @@ def test_gradients_of_a_gaussian(form):
         lambda p: p.log_prob(y),
         lambda p: p.probs(num_samples=4, generator=torch.Generator().manual_seed(0)),
         lambda p: p.probs("probit_pairs"),
+        lambda p: p.probs("laplace_bridge"),
         lambda p: p.log_prob(labels, "probit"),
         lambda p: p[0].rsample(2, torch.Generator().manual_seed(0)),
     ):
@@ -742,6 +799,28 @@ def test_it_is_a_value():
     assert list(q.scores) == ["a"]
 
 
+def test_notes_travel_along(tmp_path):
+    for p in (gaussian("dense", (6,)), draws((6,)), gaussian("root", (6,), noise=0.1)):
+        assert dict(p.notes) == {}
+        noted = p.noted(covariance="full").noted(columns=3)
+        same(noted, p)  # nothing else is changed
+        expected = {"covariance": "full", "columns": 3}
+        parts = [noted[1:4], noted[torch.tensor([0, 2])], noted[0], noted.pointwise(), noted.detach(), noted.to("cpu")]
+        parts += [noted.to(torch.float32), copy.copy(noted), copy.deepcopy(noted), pickle.loads(pickle.dumps(noted))]
+        parts += [Predictive.cat([noted[:2], noted[2:]])]
+        for part in parts:
+            assert dict(part.notes) == expected
+        assert dict(Predictive.cat([noted, noted.noted(columns=4)]).notes) == {"covariance": "full"}
+        assert dict(Predictive.cat([noted, p]).notes) == dict(Predictive.cat([p, noted]).notes) == {}
+        with pytest.raises(TypeError):
+            noted.notes["covariance"] = "diag"
+    before = {name: value for name, value in p.__getstate__().items() if name != "notes"}  # a file from before notes
+    old = Predictive.__new__(Predictive)
+    old.__setstate__(before)
+    assert dict(old.notes) == {}
+    same(old, p)
+
+
 def test_repr():
     p = draws((2, 3), torch.float32, scores={"b": torch.zeros(2, 3), "a": torch.zeros(2, 3, 7)})
     assert repr(p) == (
@@ -837,7 +916,7 @@ def test_bad_values_are_named(build, error, message):
             ValueError,
             r"y: expected labels of shape \(2,\), got \(2, 1\)",
         ),
-        (lambda p: p.probs("mean"), ValueError, "method: expected one of sample, probit, probit_pairs, got 'mean'"),
+        (lambda p: p.probs("mean"), ValueError, "method: expected one of sample, probit, probit_pairs, l"),
         (lambda p: p.probs(num_samples=0), ValueError, "num_samples: "),
         (lambda p: p.rsample(0), ValueError, "n: expected at least 1"),
         (lambda p: p.rsample(2.0), TypeError, "n: expected an integer"),
@@ -900,7 +979,7 @@ def test_a_dtype_that_a_lazy_kernel_has_not_is_that_of_its_values():
 def test_forbidden_classes():
     mean = torch.tensor([[1.0, -math.inf, 0.0]])
     g, two = Predictive.from_moments(mean, torch.eye(3)), Predictive.from_moments(mean[:, ::2], torch.eye(2))
-    for method in ("probit", "probit_pairs"):
+    for method in ("probit", "probit_pairs", "laplace_bridge"):
         torch.testing.assert_close(g.probs(method)[:, ::2], two.probs(method))
     for probs in (g.probs(), *(g.probs(method) for method in PROBS_METHODS)):
         assert probs[0, 1] == 0 and not probs.isnan().any()
