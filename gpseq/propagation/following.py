@@ -53,7 +53,7 @@ def follow(module: nn.Module, state: GaussianState, walk: Walk, *args: Any, **in
         raise CannotFollow(
             f"it uses {', '.join(lost)} in a way that is not seen, or not at all; a posterior without them says so"
         )
-    check_output(module, walk, given, traced.graph)
+    check_output(module, walk, given, traced.graph, batch)
     if isinstance(found, Tensor):
         return GaussianState(found.movedim(batch_dim, 0) if found.dim() > 2 else found)
     walk.batch_dim = batch_dim if found.batch is None else found.batch
