@@ -22,7 +22,7 @@ CASES += ("experiments_series", "experiments_tables", "experiments_counts", "exp
 CASES += ("space_time", "fleet", "digits", "fantasies", "drift", "attention")
 CASES += ("fashion", "intents", "agreement", "sentiment")
 CASES += ("moments", "minilm")
-CASES += ("quality_images", "quality_texts", "quality_minilm")
+CASES += ("quality_images", "quality_texts", "quality_vit", "quality_minilm")
 RESULTS = Path(__file__).parent / "results"
 
 

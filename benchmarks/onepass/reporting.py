@@ -153,6 +153,7 @@ def _sentences(seeds: Seeds) -> list[str]:
     )
     found += _detection(seeds, main)
     found += _harder(seeds)
+    found += _unwanted(seeds)
     if "MAP + temperature" in words["nll"].get("worse", ()):
         found.append(_why_worse(seeds, main, scaled, wide))
     return found
@@ -206,6 +207,18 @@ def _harder(seeds: Seeds) -> list[str]:
     return [
         f"The validation part is {'harder' if val > test else 'easier'} than the test part (NLL of MAP about {val:.2f} "
         f"and {test:.2f}), so that what is fitted to it is too {'wide' if val > test else 'narrow'} for the test part."
+    ]
+
+
+def _unwanted(seeds: Seeds) -> list[str]:
+    """Whether Monte Carlo would have no posterior at all."""
+    edges = [seed for seed in seeds if seed["prior_precision"] >= max(float(precision) for precision in seed["tried"])]
+    if not edges:
+        return []
+    tau = statistics.median(seed["contenders"]["MAP + temperature"]["fitted"]["temperature"] for seed in seeds)
+    return [
+        f"For {_count(len(edges), 'seed')} the largest prior precision is the best for Monte Carlo, which is as good as no "
+        f"posterior: this network is hardly too sure (temperature {tau:.2f}), and there is little to win by one."
     ]
 
 
