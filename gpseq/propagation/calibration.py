@@ -23,6 +23,8 @@ from gpseq.spread import Spread
 BOUND = 14.0
 # Logarithms of scales that the fit is begun from; the best of them is taken.
 _STARTS = (-6.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
+#: The least temperature beside a scale, where probabilities are averages of draws.
+_COLDEST = 0.25
 _TEMPERATURES = (-0.5, 0.0, 0.5)
 _FAR, _FLAT = 2.0, 1e-6  # a step of a logarithm, and a change of the loss that is none
 _PIECES = 32
@@ -98,7 +100,8 @@ def calibrate(
         y: labels in an integer dtype ``(*batch,)``, or ``(*batch, n)`` for events ``(n, K)``; or real numbers of the
             shape of the mean, judged jointly over the event.
         scale: whether c is fitted, or stays one.
-        temperature: likewise; for labels only.
+        temperature: likewise; for labels only. Beside a scale and with draws it is at least 0.25: with less, draws are
+            votes, of which the label of a test input may have none.
         noise: whether noise variances are fitted, one for each output; for real numbers only.
         method: from a Gaussian to probabilities of labels, see :meth:`gpseq.predictive.Predictive.probs`; fit the one
             that will be used. ``"probit_pairs"`` is several times as fast and good for few classes; it is too flat for
@@ -374,6 +377,8 @@ class _Problem:
         values = (BOUND * (point / BOUND).tanh()).exp()
         weights = values[:number] if number else values.new_ones(len(self.pieces[0][1]))
         temperature = values[number] if self.temperature else values.new_ones(())
+        if number and self.method == "sample":  # cold and wide, draws are votes, of which a label may have none
+            temperature = temperature.clamp_min(_COLDEST)
         return weights, temperature, None if self.noise is None else self.noise * values[number + self.temperature :]
 
     def _loss(self, point: Tensor, number: int, backward: bool = False) -> Tensor:
