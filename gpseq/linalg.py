@@ -74,6 +74,34 @@ def cholesky(covariance: Tensor, jitter: float | None = None) -> tuple[Tensor, T
     return factor, epsilon
 
 
+def covariance_root(covariance: Tensor, jitter: float | None = None) -> Tensor:
+    r"""A square root of a covariance that may be singular, by its eigenvectors, which are found in float64.
+
+    .. math:: R R^\top = K + \epsilon I, \qquad \epsilon = \text{jitter} \cdot \tfrac{1}{M} \operatorname{tr} K
+
+    Args:
+        covariance: symmetric positive semi-definite, ``(*batch, M, M)``; what rounding made negative of it is zero.
+        jitter: relative jitter, with which a singular covariance has finite gradients; ``None`` means
+            :func:`default_jitter` of float64, 0 adds nothing.
+
+    Returns:
+        R, ``(*batch, M, M)``, in the dtype of the covariance.
+
+    Example:
+        >>> root = covariance_root(torch.ones(2, 2), jitter=0.0)
+        >>> root @ root.mT
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+    double = covariance.double()
+    relative = default_jitter(torch.float64) if jitter is None else jitter
+    if relative > 0:
+        size = double.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        double = double + torch.diag_embed((relative * size).unsqueeze(-1).expand(double.shape[:-1]))
+    values, vectors = torch.linalg.eigh(double)
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(covariance.dtype)
+
+
 def gaussian_kl(mean: Tensor, scale_tril: Tensor) -> Tensor:
     r"""KL divergence from a Gaussian to the standard normal.
 

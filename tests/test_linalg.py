@@ -12,7 +12,15 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from gpseq.linalg import MAX_JITTER, cholesky, default_jitter, gaussian_kl, moments_to_natural, natural_to_moments
+from gpseq.linalg import (
+    MAX_JITTER,
+    cholesky,
+    covariance_root,
+    default_jitter,
+    gaussian_kl,
+    moments_to_natural,
+    natural_to_moments,
+)
 from tests import oracles
 from tests.oracles import close
 
@@ -249,3 +257,24 @@ def test_a_known_bound_changes_nothing_about_a_good_precision() -> None:
         natural_to_moments(shift, precision), natural_to_moments(shift, precision, smallest=1.0), strict=True
     ):
         assert torch.equal(plain, bounded)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_covariance_root(batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    K = covariance(batch, 4, dtype)
+    for jitter in (None, 0.0, 1e-3):
+        root = covariance_root(K, jitter)
+        relative = default_jitter(F64) if jitter is None else jitter
+        added = relative * K.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(4, dtype=dtype)
+        assert root.dtype == dtype
+        torch.testing.assert_close(root @ root.mT, K + added)
+
+
+def test_covariance_root_of_singular_covariances() -> None:
+    ones = torch.ones(3, 3, dtype=F64)
+    for K in (ones, 0 * ones, ones - 1e-14 * torch.eye(3, dtype=F64)):
+        for jitter in (None, 0.0):
+            root = covariance_root(K, jitter)
+            torch.testing.assert_close(root @ root.mT, K, rtol=0, atol=1e-9)
+    (gradient,) = torch.autograd.grad(covariance_root(ones.requires_grad_()).square().sum(), ones)
+    assert gradient.isfinite().all()

@@ -9,6 +9,7 @@ from gpseq.propagation.laplace import fit_curvature, fit_laplace
 from gpseq.propagation.linearisation import linearised
 from gpseq.propagation.makers import from_columns, from_covariance, from_factors, from_variances
 from gpseq.propagation.moments import GaussianState
+from gpseq.propagation.parts import PartMoments
 from gpseq.propagation.posteriors import WeightPosterior
 from gpseq.propagation.registry import register
 from gpseq.propagation.streamlined import Streamlined, streamline
@@ -20,6 +21,7 @@ __all__ = [
     "Curvature",
     "GaussianState",
     "LayerCalibration",
+    "PartMoments",
     "Plan",
     "Streamlined",
     "WeightPosterior",

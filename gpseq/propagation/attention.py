@@ -197,12 +197,16 @@ class Heads:
 
 def _signs(rows: int, columns: int, like: Tensor) -> Tensor:
     """Random signs, ``(rows, columns)``, which are always the same."""
-    return _drawn_signs(rows, columns).to(like)
+    return _drawn_signs(rows, columns, like.dtype, like.device)
 
 
-@lru_cache(maxsize=8)
-def _drawn_signs(rows: int, columns: int) -> Tensor:
-    return torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(0)) * 2 - 1
+@lru_cache(maxsize=16)
+def _drawn_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept where they are used. A later call may need a graph, which tensors of the inference mode cannot be in.
+    with torch.inference_mode(False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randint(2, (rows, columns), generator=generator, device="cpu") * 2 - 1
+        return drawn.to(device, dtype)
 
 
 def heads_map(heads: Heads, frozen: bool = False) -> LinearMap:

@@ -232,6 +232,20 @@ def _plain(predictive: Predictive) -> Predictive:
     return copy.deepcopy(wide) if wide.mean.is_inference() else wide
 
 
+def _rooted(spread: Spread, like: Predictive) -> Spread:
+    """With a root in place of a matrix: a scale only multiplies it, so that it is factored once and not at each point.
+
+    Args:
+        spread: in float64.
+        like: the prediction that it is of.
+    """
+    if spread.matrix is None:
+        return spread
+    ones = torch.eye(spread.width, dtype=like.dtype, device=like.device)
+    columns = spread.colour(ones.view(-1, *[1] * len(like.batch_shape), spread.width))
+    return Spread(root=columns.movedim(0, -1))
+
+
 @dataclass(frozen=True, eq=False)
 class _Problem:
     """Targets, and the moments that they are judged by, in pieces of the batch.
@@ -293,6 +307,8 @@ class _Problem:
         spreads = [Spread.of(_plain(part).covariance) for part in parts]
         size, each = like.event_shape.numel(), like.batch_shape[1:].numel()
         drawn = method == "sample" and not real
+        if drawn and len(spreads) == 1:
+            spreads = [_rooted(spreads[0], like)]
         numbers = each * size * (draws if drawn else 8 * size)
         step = max(_NUMBERS // max(numbers, 1), 1)
         if drawn:  # each piece has draws of its own: what they have by chance would move a scale that all rows share
@@ -332,7 +348,8 @@ class _Problem:
             loss = float(self._loss(point, len(names)))
             if not loss <= min(losses):
                 point, loss = start, min(losses)
-            point, loss = self._polished(point.detach(), loss, len(names))
+            if self.method == "laplace_bridge":
+                point, loss = self._polished(point.detach(), loss, len(names))
             weights, temperature, noise = self._numbers(point.detach(), len(names))
             alone = names == ("scale",)
             free = [*(("scale",) if alone else ()), *(("temperature",) if self.temperature else ())]
@@ -349,7 +366,10 @@ class _Problem:
         return weights, made
 
     def _polished(self, point: Tensor, loss: float, number: int) -> tuple[Tensor, float]:
-        """Where no step along a coordinate is downhill; the Laplace bridge has edges, where a line search may stop."""
+        """Where no step along a coordinate is downhill; the Laplace bridge has edges, where a line search may stop.
+
+        The other methods are smooth, but for the least temperature of draws. With many scales there are many steps.
+        """
         step = 0.2
         while step > 1e-4:
             better = False

@@ -30,12 +30,14 @@ class Call:
         lead: its name, ``None`` if it stands first.
         named: all others.
         batch_dim: where the model has the batch.
+        whole: whether the batch stays in one piece, for a model that holds masks of just this one.
     """
 
     first: Tensor
     lead: str | None
     named: dict[str, Any]
     batch_dim: int = 0
+    whole: bool = False
 
     @classmethod
     def of(cls, x: Tensor | Mapping[str, Any], inputs: Mapping[str, Any], batch_dim: int = 0) -> Call:
@@ -90,7 +92,7 @@ class Call:
             size: of each part, the last may be smaller.
         """
         batch = len(self.first)
-        if size >= batch:
+        if size >= batch or self.whole:
             yield self
             return
         for start in range(0, batch, size):
@@ -130,13 +132,29 @@ def check_model(model: nn.Module, call: Call) -> None:
         ValueError: it is in train mode, and dropout or norms of batches would act.
     """
     check_mode(model)
+    dtypes = check_dtypes(model)
+    if call.first.is_floating_point() and dtypes and call.first.dtype not in dtypes:
+        expected = " or ".join(sorted(map(str, dtypes)))
+        raise TypeError(f"x: expected the dtype of the weights, {expected}, got {call.first.dtype}.")
+
+
+def check_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """That weights are in dtypes that moments are carried in.
+
+    Args:
+        model: any.
+
+    Returns:
+        Those that there are.
+
+    Raises:
+        TypeError: there is another one.
+    """
     dtypes = {parameter.dtype for parameter in model.parameters()}
     unknown = sorted(map(str, dtypes - {*_DTYPES}))
     if unknown:
         raise TypeError(f"model: expected weights in float32 or float64, got {', '.join(unknown)}.")
-    if call.first.is_floating_point() and dtypes and call.first.dtype not in dtypes:
-        expected = " or ".join(sorted(map(str, dtypes)))
-        raise TypeError(f"x: expected the dtype of the weights, {expected}, got {call.first.dtype}.")
+    return dtypes
 
 
 def check_mode(model: nn.Module) -> None:

@@ -109,8 +109,7 @@ class _Call:
     def of(
         cls, module: nn.Module, state: GaussianState, walk: Walk, args: Sequence[Any], inputs: Mapping[str, Any]
     ) -> _Call:
-        first: int | str = walk.lead if walk.lead is not None and module is walk._model else 0
-        arguments: dict[Any, Any] = {first: state, **dict(enumerate(args, start=1)), **inputs}
+        arguments: dict[Any, Any] = {walk.leading_argument(module): state, **dict(enumerate(args, start=1)), **inputs}
         states: list[GaussianState] = []
         for value in arguments.values():
             if isinstance(value, GaussianState) and not value.is_certain and all(value is not s for s in states):
@@ -186,9 +185,9 @@ def _low_rank(call: _Call, mean: Tensor) -> LowRank:
     walk, centres = call.walk, call.centres
     num_exact = walk.posterior.posterior.num_columns
     total = num_exact + walk.num_draws
-    names = {name: walk.posterior.name(value) for name, value in call.parameters.items()}
-    drawn = {name: walk._drawn[known] for name, known in names.items() if known is not None}
-    exact = {name: walk._exact[known] for name, known in names.items() if known is not None and known in walk._exact}
+    known = {name: walk.draws(value) for name, value in call.parameters.items()}
+    drawn = {name: draws for name, (draws, _) in known.items()}
+    exact = {name: columns for name, (_, columns) in known.items() if columns is not None}
     tangents = Tangents(drawn, exact, num_exact, call.parameters)
     covariances = [state.covariance for state in call.states]
     assert all(isinstance(found, LowRank) for found in covariances)

@@ -15,7 +15,7 @@ from gpseq.propagation.joint import Joint
 from gpseq.propagation.moments import Full, GaussianState
 from gpseq.propagation.tracing import CannotFollow, check_output, trace
 from gpseq.propagation.values import Operation, Several, Value, Weight
-from gpseq.propagation.walk import Walk, _is_time_first
+from gpseq.propagation.walk import Walk, is_time_first
 
 
 def follow(module: nn.Module, state: GaussianState, walk: Walk, *args: Any, **inputs: Any) -> GaussianState:
@@ -36,19 +36,17 @@ def follow(module: nn.Module, state: GaussianState, walk: Walk, *args: Any, **in
     """
     from gpseq.propagation.operations import OPERATIONS
 
-    first: int | str = walk.lead if walk.lead is not None and module is walk._model else 0
-    given: dict[Any, Any] = {first: state, **dict(enumerate(args, start=1)), **inputs}
+    given: dict[Any, Any] = {walk.leading_argument(module): state, **dict(enumerate(args, start=1)), **inputs}
     batch_dim, batch = walk.batch_dim, len(state.mean)
     for key, value in given.items():
         if isinstance(value, GaussianState) and value.is_certain:
             given[key] = value.mean.movedim(0, batch_dim) if value.mean.dim() > 2 else value.mean
     traced = trace(module, walk, given)
-    expected = walk.posterior.uncertain(module)
     found = Interpreter(walk, batch, batch_dim, OPERATIONS, traced.of_batch).run(traced.graph)
     for parameter in _idle(traced.graph):  # no output depends on it
-        if walk.posterior.name(parameter) in set(expected) - set(walk._used):
+        if walk.posterior.name(parameter) in walk.unused(module):
             walk.use(parameter)
-    lost = [name for name in expected if name not in walk._used]
+    lost = walk.unused(module)
     if lost:
         raise CannotFollow(
             f"it uses {', '.join(lost)} in a way that is not seen, or not at all; a posterior without them says so"
@@ -173,7 +171,7 @@ class Interpreter(Joint):
             args = [kwargs.pop(name)]
         path = f"{self.walk.path(module)}, a {type(module).__name__}"
         leading = args[0]
-        first = self._before(leading, module)
+        first = self.before(leading, module)
 
         def beside(value: Any) -> Any:
             return first if value is leading else self._beside(value, first, path)
@@ -204,10 +202,18 @@ class Interpreter(Joint):
         outputs = node.meta["value"]
         return found if isinstance(outputs, Tensor) else Several(found, outputs, path)
 
-    def _before(self, value: Any, module: nn.Module) -> Value:
-        """What a module gets first, as a state."""
+    def before(self, value: Any, module: nn.Module) -> Value:
+        """What a module gets first, as a state.
+
+        Args:
+            value: uncertain or not.
+            module: that gets it.
+
+        Raises:
+            CannotFollow: the batch is not where the module has it.
+        """
         if isinstance(value, Tensor):
-            layout = 1 if _is_time_first(module) or (self.batch_dim == 1 and value.dim() > 2) else 0
+            layout = 1 if is_time_first(module) or (self.batch_dim == 1 and value.dim() > 2) else 0
             if value not in self._of_batch:
                 if value.dim() > 1 and len(value) == 1:
                     return Value(GaussianState(value.expand(self.batch, *value.shape[1:])), 0)

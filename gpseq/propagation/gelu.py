@@ -28,7 +28,7 @@ def gelu_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor
         = v^2 \int_0^1 (1 - \rho) \, E[g''(h) g''(h')] \, d\rho
 
     where g'' = (2 - h^2) φ(h) makes the expectation elementary and positive; see :func:`_curvature`. For small
-    variances on a CPU Mehler's series of K is faster; see :func:`_series`.
+    variances on a CPU Mehler's series of K is shorter; see :func:`_series`.
 
     Args:
         mean: m, any shape.
@@ -61,7 +61,7 @@ def gelu_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _terms(variance: Tensor) -> int | None:
-    """How many terms of the series are enough, ``None`` where the integral is faster, or a look would stop a device."""
+    """How many terms of the series are enough, ``None`` where the integral is shorter or a look would stop a device."""
     if (
         variance.device.type != "cpu"
         or not variance.numel()

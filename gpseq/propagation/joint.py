@@ -6,6 +6,7 @@ a time they are jointly Gaussian, so that sums and concatenations of any of them
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpseq.propagation.moments import Blocks, Full, GaussianState, LinearMap, LowRank, _sum
+from gpseq.propagation.moments import Blocks, Full, GaussianState, LinearMap, LowRank, sum_crosses
 from gpseq.propagation.tracing import CannotFollow
 from gpseq.propagation.values import Several, Value, Weight
 from gpseq.propagation.walk import Walk
 
 
-class Joint:
+class Joint(ABC):
     """What the rules of operations work on.
 
     Args:
@@ -38,9 +39,9 @@ class Joint:
         self._values: dict[int, Value] = {}
         self._between: dict[tuple[int, int], Tensor] = {}
 
+    @abstractmethod
     def _later(self) -> Iterator[Any]:
         """What the forward uses later."""
-        raise NotImplementedError
 
     def _alive(self, keep: Iterable[Any] = ()) -> list[Value]:
         """Values that are used yet, and others."""
@@ -145,7 +146,7 @@ class Joint:
         cross = self.between(first, second)
         total = one.entries + other.entries
         total = total if cross is None else total + cross + cross.mT
-        covariance = Full(total, one.event, _sum(one.crosses, other.crosses))
+        covariance = Full(total, one.event, sum_crosses(one.crosses, other.crosses))
         made = Value(GaussianState(first.state.mean + second.state.mean, covariance), first.batch)
         for value in self._alive(keep):
             crosses = [c for c in (self.between(value, first), self.between(value, second)) if c is not None]

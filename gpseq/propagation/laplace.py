@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from gpseq.checks import check_count, check_number
 from gpseq.prediction_checks import check_generator
+from gpseq.propagation.call import check_dtypes
 from gpseq.propagation.curvature import Curvature, Factors
 from gpseq.propagation.gauss_newton import Call, Head, Squares
 from gpseq.propagation.kfac import Taps
@@ -124,7 +125,7 @@ def fit_curvature(
         The curvature, a sum over examples.
 
     Raises:
-        TypeError: the model is no module, or batches, outputs or labels of another kind.
+        TypeError: the model is no module or in half precision, or batches, outputs or labels of another kind.
         ValueError: an unknown option, a pattern that fits no parameter, no example, or numbers out of range.
 
     Source:
@@ -151,6 +152,7 @@ def fit_curvature(
     model = unwrapped(model)[0]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    check_dtypes(model)
     chosen = choose_parameters(model, parameters)
     device = next(iter(chosen.values())).device
     taps = Taps.of(model, chosen, sharing) if structure == "kron" else None

@@ -6,17 +6,14 @@ function of the second moments of a.
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from gpseq.linalg import default_jitter
+from gpseq.linalg import covariance_root
+from gpseq.propagation.draws import DenseDraws, Draws, parted_draws
 
 
 class Law(ABC):
@@ -57,12 +54,11 @@ class Law(ABC):
             covariance: of the inputs, ``(B, T, D, T, D)``.
         """
 
+    @abstractmethod
     def marginals(self) -> Tensor:
         """Variances of all entries, ``(K, D)``."""
-        raise NotImplementedError(
-            f"posterior: {type(self).__name__} does not know the variances of single entries; take a law that does."
-        )
 
+    @abstractmethod
     def between(self, places: Tensor) -> Tensor:
         """Covariances of some entries, which may be chosen more than once.
 
@@ -72,10 +68,6 @@ class Law(ABC):
         Returns:
             ``(..., n, n)``.
         """
-        raise NotImplementedError(
-            f"posterior: {type(self).__name__} does not know the covariances of single entries; take covariance="
-            "'lowrank' or 'diag'."
-        )
 
     @abstractmethod
     def draw(self, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Draws:
@@ -102,175 +94,6 @@ class Law(ABC):
     @abstractmethod
     def scaled(self, factor: Tensor | float) -> Law:
         """With a covariance that is so many times as large."""
-
-
-class Draws(ABC):
-    r"""Matrices :math:`\delta W_r`, ``(R, K, D)``, scaled so that :math:`\sum_r` of their squares is the variance."""
-
-    @abstractmethod
-    def times(self, x: Tensor) -> Tensor:
-        """Products with inputs ``(..., D)``: ``(R, ..., K)``."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """R."""
-
-    @abstractmethod
-    def some(self, start: int, stop: int) -> Tensor:
-        """Matrices from ``start`` to ``stop``, ``(n, K, D)``."""
-
-    def dense(self) -> Tensor:
-        """All of them, ``(R, K, D)``."""
-        return self.some(0, len(self))
-
-    @abstractmethod
-    def transposed(self) -> Draws:
-        """Of the transposed matrices."""
-
-    def at(self, places: Tensor) -> Tensor:
-        """Some entries, counted row by row: ``(R, *places)``."""
-        return self.dense().flatten(1)[:, places]
-
-
-@dataclass(frozen=True, eq=False)
-class DenseDraws(Draws):
-    """Draws that are stored.
-
-    Attributes:
-        entries: ``(R, K, D)``.
-    """
-
-    entries: Tensor
-
-    def times(self, x: Tensor) -> Tensor:
-        return torch.einsum("rkd,...d->r...k", self.entries, x)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def some(self, start: int, stop: int) -> Tensor:
-        return self.entries[start:stop]
-
-    def transposed(self) -> DenseDraws:
-        return DenseDraws(self.entries.mT)
-
-
-@dataclass(frozen=True, eq=False)
-class PartedDraws(Draws):
-    r"""One random matrix, each entry of which belongs to one of the R draws.
-
-    .. math:: \delta W_r = Q_K (E \odot 1[p = r]) Q_D^\top, \qquad
-        p_{ki} = (i + s_k) \bmod R
-
-    The entries of E are deviations with random signs, and the shifts s are random, the same for blocks of outputs where
-    there are more of them than draws. Sums of squares of what the draws make of an input have the right
-    expectation, and scatter as with R draws of all entries, which would each have one part in R of every variance; but
-    here all R products together cost no more than one, and no draw is stored.
-
-    Attributes:
-        core: E, ``(K, D)``.
-        number: R.
-        shifts: s of each block of outputs, min(K, R) numbers below R; blocks differ by one in size at most.
-        outputs: Q_K, ``(K, K)``; ``None`` is the identity.
-        inputs: Q_D, ``(D, D)``; likewise.
-        turned: whether the draws are the transposes, ``(D, K)``.
-    """
-
-    core: Tensor
-    number: int
-    shifts: tuple[int, ...]
-    outputs: Tensor | None = None
-    inputs: Tensor | None = None
-    turned: bool = False
-
-    def __len__(self) -> int:
-        return self.number
-
-    def times(self, x: Tensor) -> Tensor:
-        before, after = (self.outputs, self.inputs) if self.turned else (self.inputs, self.outputs)
-        x = x if before is None else x @ before
-        parts = _gathered(x.reshape(-1, x.shape[-1]), self._parts(before=True), self.number)
-        made = parts @ self._core_of_parts  # what each part of the inputs gives
-        drawn = torch.empty_like(made)
-        for label, some in self._parts(before=False):  # outputs take parts in turns
-            drawn[:label, :, some] = made[self.number - label :, :, some]
-            drawn[label:, :, some] = made[: self.number - label, :, some]
-        drawn = drawn.view(self.number, *x.shape[:-1], -1)
-        return drawn if after is None else drawn @ after.mT
-
-    def some(self, start: int, stop: int) -> Tensor:
-        rows, columns = (torch.arange(size, device=self.core.device) for size in self.core.shape)
-        draws = torch.arange(start, stop, device=self.core.device)
-        drawn = self.core * (self._draw_of(rows.unsqueeze(-1), columns) == draws.view(-1, 1, 1))
-        drawn = drawn if self.inputs is None else drawn @ self.inputs.mT
-        drawn = drawn if self.outputs is None else self.outputs @ drawn
-        return drawn.mT if self.turned else drawn
-
-    def at(self, places: Tensor) -> Tensor:
-        if self.outputs is not None or self.inputs is not None:
-            return super().at(places)
-        width = self.core.shape[0 if self.turned else 1]
-        rows, columns = places // width, places % width
-        rows, columns = (columns, rows) if self.turned else (rows, columns)
-        draws = torch.arange(self.number, device=places.device).view(-1, *[1] * places.dim())
-        return self.core[rows, columns] * (self._draw_of(rows, columns) == draws)
-
-    def transposed(self) -> PartedDraws:
-        return replace(self, turned=not self.turned)
-
-    def _draw_of(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """p, which draw an entry of the core belongs to."""
-        shifts = torch.tensor(self.shifts, device=rows.device)
-        return (columns + shifts[rows * len(shifts) // self.core.shape[0]]) % self.number
-
-    def _parts(self, before: bool) -> list[tuple[int, slice]]:
-        """Places of inputs, or of outputs, that have the same part in p, with that."""
-        rows, columns = self.core.shape
-        if self.turned != before:
-            return [(label, slice(label, None, self.number)) for label in range(min(self.number, columns))]
-        count = len(self.shifts)
-        edges = [-(-block * rows // count) for block in range(count + 1)]
-        return [(shift, slice(*ends)) for shift, ends in zip(self.shifts, itertools.pairwise(edges), strict=True)]
-
-    @cached_property
-    def _core_of_parts(self) -> Tensor:
-        """The core, ``(R, n, K)``, for the inputs of each part."""
-        core = self.core if self.turned else self.core.mT
-        return _gathered(core.mT, self._parts(before=True), self.number).mT.contiguous()
-
-
-def _gathered(x: Tensor, parts: Sequence[tuple[int, slice]], number: int) -> Tensor:
-    """Some columns of a matrix ``(n, D)`` for each part, ``(R, n, d)``, filled up with zeros."""
-    labels: dict[int, int] = {}
-    found = x.new_zeros(number, len(x), _longest(parts, x.shape[-1]))
-    for label, some in parts:
-        chosen, start = x[:, some], labels.get(label, 0)
-        labels[label] = start + chosen.shape[-1]
-        found[label, :, start : labels[label]] = chosen
-    return found
-
-
-def _longest(parts: Sequence[tuple[int, slice]], size: int) -> int:
-    """Most places that one label has."""
-    total: Counter[int] = Counter()
-    for label, some in parts:
-        total[label] += len(range(size)[some])
-    return max(total.values())
-
-
-def _parted(
-    deviation: Tensor,
-    num_draws: int,
-    generator: torch.Generator | None,
-    outputs: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> PartedDraws:
-    signs = torch.randint(2, deviation.shape, generator=generator, device=deviation.device).to(deviation) * 2 - 1
-    if num_draws < len(deviation):
-        shifts = torch.randperm(num_draws, generator=generator, device=deviation.device)
-    else:
-        shifts = torch.randint(num_draws, (len(deviation),), generator=generator, device=deviation.device)
-    return PartedDraws(deviation * signs, num_draws, tuple(shifts.tolist()), outputs, inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,7 +132,7 @@ class Diagonal(Law):
         return torch.where(same, self.entries.flatten()[places].unsqueeze(-1), 0.0)
 
     def draw(self, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Draws:
-        return _parted(self.entries.to(like).sqrt(), num_draws, generator)
+        return parted_draws(self.entries.to(like).sqrt(), num_draws, generator)
 
     def rows(self, start: int, stop: int) -> Diagonal:
         return Diagonal(self.entries[start:stop])
@@ -371,7 +194,7 @@ class Kronecker(Law):
     def draw(self, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Draws:
         factor = self.to(like)
         ones = like.new_ones(self.shape)
-        return _parted(ones, num_draws, generator, _root(factor.outputs), _root(factor.inputs))
+        return parted_draws(ones, num_draws, generator, covariance_root(factor.outputs), covariance_root(factor.inputs))
 
     def rows(self, start: int, stop: int) -> Kronecker:
         return Kronecker(self.outputs[start:stop, start:stop], self.inputs)
@@ -414,42 +237,42 @@ class KroneckerLaplace(Law):
         return len(self.output_vectors), len(self.input_vectors)
 
     @property
-    def _entries(self) -> Tensor:
-        """Variances in the eigenbases, ``(K, D)``."""
+    def eigenvalues(self) -> Tensor:
+        """Eigenvalues of the covariance, which are variances in the eigenbases, ``(K, D)``."""
         return 1 / (self.output_values.unsqueeze(-1) * self.input_values + self.precision)
 
     def variance(self, mean: Tensor, variance: Tensor | None = None) -> Tensor:
         second = (mean @ self.input_vectors).square()
         if variance is not None:
             second = second + variance @ self.input_vectors.square()
-        return second @ self._entries.mT @ self.output_vectors.square().mT
+        return second @ self.eigenvalues.mT @ self.output_vectors.square().mT
 
     def blocks(self, mean: Tensor, covariance: Tensor | None = None) -> Tensor:
         second = (mean @ self.input_vectors).square()
         if covariance is not None:
             second = second + ((covariance @ self.input_vectors) * self.input_vectors).sum(-2)
-        return (self.output_vectors * (second @ self._entries.mT).unsqueeze(-2)) @ self.output_vectors.mT
+        return (self.output_vectors * (second @ self.eigenvalues.mT).unsqueeze(-2)) @ self.output_vectors.mT
 
     def tokens(self, mean: Tensor, covariance: Tensor | None = None) -> Tensor:
         turned = mean @ self.input_vectors
         second = turned.unsqueeze(2) * turned.unsqueeze(1)
         if covariance is not None:
             second = second + torch.einsum("btisj,iq,jq->btsq", covariance, self.input_vectors, self.input_vectors)
-        spread = second @ self._entries.mT
+        spread = second @ self.eigenvalues.mT
         return torch.einsum("btsq,kq,lq->btksl", spread, self.output_vectors, self.output_vectors)
 
     def marginals(self) -> Tensor:
-        return self.output_vectors.square() @ self._entries @ self.input_vectors.square().mT
+        return self.output_vectors.square() @ self.eigenvalues @ self.input_vectors.square().mT
 
     def between(self, places: Tensor) -> Tensor:
         rows, columns = places // len(self.input_values), places % len(self.input_values)
         both = self.output_vectors[rows].unsqueeze(-1) * self.input_vectors[columns].unsqueeze(-2)
-        root = (both * self._entries.sqrt()).flatten(-2)
+        root = (both * self.eigenvalues.sqrt()).flatten(-2)
         return root @ root.mT
 
     def draw(self, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Draws:
         law = self.to(like)
-        return _parted(law._entries.sqrt(), num_draws, generator, law.output_vectors, law.input_vectors)
+        return parted_draws(law.eigenvalues.sqrt(), num_draws, generator, law.output_vectors, law.input_vectors)
 
     def rows(self, start: int, stop: int) -> KroneckerLaplace:
         return replace(self, output_vectors=self.output_vectors[start:stop])
@@ -515,7 +338,7 @@ class Dense(Law):
 
     def draw(self, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Draws:
         size = self.shape[0] * self.shape[1]
-        root = _root(self.entries.to(like).reshape(size, size))
+        root = covariance_root(self.entries.to(like).reshape(size, size))
         noise = torch.randn(num_draws, size, generator=generator, dtype=like.dtype, device=like.device)
         return DenseDraws((noise @ root.mT).unflatten(-1, self.shape) * num_draws**-0.5)
 
@@ -592,13 +415,3 @@ class LowRank(Law):
 
     def scaled(self, factor: Tensor | float) -> LowRank:
         return LowRank(self.columns * factor**0.5, self.entries * factor)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """A square root of a covariance, which may be singular."""
-    double = covariance.double()
-    size = double.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    values, vectors = torch.linalg.eigh(
-        double + default_jitter(torch.float64) * size * torch.eye(len(double)).to(double)
-    )
-    return (vectors * values.clamp_min(0).sqrt()).to(covariance.dtype)

@@ -22,7 +22,7 @@ from gpseq.logits import network_output
 from gpseq.prediction_checks import check_generator
 from gpseq.predictive import Predictive
 from gpseq.propagation.call import CHOICES, Call, check_model
-from gpseq.propagation.laws import Draws
+from gpseq.propagation.draws import Draws
 from gpseq.propagation.posteriors import BoundPosterior, WeightPosterior, bind
 from gpseq.propagation.quadratic import covariance
 from gpseq.propagation.sizes import free_bytes, largest_state

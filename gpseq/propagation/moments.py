@@ -221,7 +221,12 @@ def sum_of_squares(columns: Tensor) -> Tensor:
     return total
 
 
-_numbers = count()
+_NUMBERS = count()
+
+
+def new_number() -> int:
+    """A number that no branch and no value of a forward has yet."""
+    return next(_NUMBERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +243,12 @@ class Full(Covariance):
     entries: Tensor
     event: tuple[int, ...]
     crosses: Mapping[int, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "crosses": dict(self.crosses)}  # a proxy of a mapping cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, crosses=MappingProxyType(state["crosses"]))
 
     @property
     def variance(self) -> Tensor:
@@ -272,7 +283,7 @@ class Full(Covariance):
     def plus(self, other: Covariance) -> Full:
         if not isinstance(other, Full):
             raise TypeError(f"other: expected Full, got {type(other).__name__}.")
-        return Full(self.entries + other.entries, self.event, _sum(self.crosses, other.crosses))
+        return Full(self.entries + other.entries, self.event, sum_crosses(self.crosses, other.crosses))
 
     def with_noise(self, noise: Tensor) -> Full:
         """With an independent covariance ``(B, N, N)`` added."""
@@ -282,7 +293,7 @@ class Full(Covariance):
         return DenseLinearOperator(self.entries)
 
     def fork(self) -> tuple[Full, int]:
-        number = next(_numbers)
+        number = new_number()
         return replace(self, crosses=MappingProxyType({**self.crosses, number: self.entries})), number
 
     def join(self, branch: Covariance, number: int) -> Full:
@@ -296,10 +307,11 @@ class Full(Covariance):
         cross = branch.crosses[number]
         others = {key: value for key, value in branch.crosses.items() if key != number}
         entries = self.entries + branch.entries + cross + cross.mT
-        return Full(entries, self.event, _sum(self.crosses, others))
+        return Full(entries, self.event, sum_crosses(self.crosses, others))
 
 
-def _sum(crosses: Mapping[int, Tensor], others: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+def sum_crosses(crosses: Mapping[int, Tensor], others: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    """The covariances with open branches of a sum, from those of its two terms."""
     found = dict(crosses)
     for number, cross in others.items():
         found[number] = found[number] + cross if number in found else cross

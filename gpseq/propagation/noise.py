@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpseq.propagation.laws import Draws, Law
+from gpseq.propagation.draws import Draws
+from gpseq.propagation.laws import Law
 from gpseq.propagation.moments import Blocks, Full, GaussianState, sum_of_squares
 
 

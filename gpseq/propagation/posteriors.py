@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gpseq.checks import check_number
-from gpseq.propagation.laws import Dense, DenseDraws, Diagonal, Draws, Kronecker, KroneckerLaplace, Law, LowRank, _root
+from gpseq.linalg import covariance_root
+from gpseq.propagation.draws import DenseDraws, Draws
+from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, Law, LowRank
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,6 +221,38 @@ class BoundPosterior:
         names = (self.name(parameter) for parameter in module.parameters())
         return tuple(name for name in names if name is not None)
 
+    def restricted(self, names: Mapping[str, str]) -> WeightPosterior:
+        """What is known of some parameters alone, the others integrated out.
+
+        Args:
+            names: of these parameters, with the names that they get. Those that are certain give their means, where the
+                posterior has some.
+
+        Returns:
+            The posterior. Of a joint law it has the rows and columns that belong to them.
+        """
+        known = self.posterior
+        laws = {names[name]: law for name, law in known.laws.items() if name in names}
+        parts = [self._marginal(joint, names) for joint in known.joints if not names.keys().isdisjoint(joint.names)]
+        means = {names[name]: mean for name, mean in known.means.items() if name in names}
+        return WeightPosterior(laws, tuple(parts), means)
+
+    def _marginal(self, joint: Joint, names: Mapping[str, str]) -> Joint:
+        """The joint law of those of its parameters that have a new name."""
+        inside = [number for number, name in enumerate(joint.names) if name in names]
+        renamed = tuple(names[joint.names[number]] for number in inside)
+        if len(inside) == len(joint.names):
+            return replace(joint, names=renamed)
+        places = list(self.places(joint).values())
+        index = torch.cat([places[number].flatten() for number in inside])
+        return Joint(
+            renamed,
+            None if joint.covariance is None else joint.covariance[index][:, index],
+            None if joint.columns is None else joint.columns[:, index],
+            None if joint.variances is None else joint.variances[index],
+            None if joint.shapes is None else tuple(joint.shapes[number] for number in inside),
+        )
+
     def law(
         self, weight: Tensor | None, bias: Tensor | None, like: Tensor, transposed: bool = False
     ) -> list[tuple[Law, str]]:
@@ -290,7 +324,7 @@ class BoundPosterior:
             size = sum(self.parameters[name].numel() for name in joint.names)
             noise = torch.randn(num_draws, size, generator=generator, dtype=like.dtype, device=like.device)
             if joint.covariance is not None:
-                made = noise @ _root(joint.covariance.to(like)).mT
+                made = noise @ covariance_root(joint.covariance.to(like)).mT
             else:
                 made = noise * 0 if joint.variances is None else noise * joint.variances.to(like).sqrt()
             for name, index in self.places(joint).items():
@@ -367,7 +401,7 @@ def _check_law(name: str, law: Any) -> None:
     if isinstance(law, Diagonal | LowRank):
         known = law.entries
     elif isinstance(law, KroneckerLaplace):
-        known = law._entries
+        known = law.eigenvalues
     elif isinstance(law, Kronecker | Dense):
         known = law.marginals()
     else:

@@ -11,7 +11,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, Law, LowRank, _root
+from gpseq.linalg import covariance_root
+from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, Law, LowRank
 from gpseq.propagation.posteriors import BoundPosterior, Joint, matrix_shape
 
 
@@ -51,7 +52,7 @@ def _(law: Kronecker, matrices: Tensor) -> Tensor:
 @times.register
 def _(law: KroneckerLaplace, matrices: Tensor) -> Tensor:
     turned = law.output_vectors.mT @ matrices @ law.input_vectors
-    return law.output_vectors @ (turned * law._entries) @ law.input_vectors.mT
+    return law.output_vectors @ (turned * law.eigenvalues) @ law.input_vectors.mT
 
 
 @times.register
@@ -96,20 +97,21 @@ def _(law: Diagonal, num_draws: int, generator: torch.Generator | None, like: Te
 @gaussian_draws.register
 def _(law: Kronecker, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     known = law.to(like)
-    return _root(known.outputs) @ _normals((num_draws, *law.shape), generator, like) @ _root(known.inputs).mT
+    outputs, inputs = covariance_root(known.outputs), covariance_root(known.inputs)
+    return outputs @ _normals((num_draws, *law.shape), generator, like) @ inputs.mT
 
 
 @gaussian_draws.register
 def _(law: KroneckerLaplace, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     known = law.to(like)
-    normals = _normals((num_draws, *known._entries.shape), generator, like)
-    return known.output_vectors @ (normals * known._entries.sqrt()) @ known.input_vectors.mT
+    normals = _normals((num_draws, *known.eigenvalues.shape), generator, like)
+    return known.output_vectors @ (normals * known.eigenvalues.sqrt()) @ known.input_vectors.mT
 
 
 @gaussian_draws.register
 def _(law: Dense, num_draws: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     size = law.shape[0] * law.shape[1]
-    root = _root(law.entries.to(like).reshape(size, size))
+    root = covariance_root(law.entries.to(like).reshape(size, size))
     return (_normals((num_draws, size), generator, like) @ root.mT).unflatten(-1, law.shape)
 
 
@@ -154,7 +156,7 @@ def _joint_draws(
     like = bound.parameters[joint.names[0]]
     size = sum(bound.parameters[name].numel() for name in joint.names)
     if joint.covariance is not None:
-        flat = _normals((num_draws, size), generator, like) @ _root(joint.covariance.to(like)).mT
+        flat = _normals((num_draws, size), generator, like) @ covariance_root(joint.covariance.to(like)).mT
     else:
         assert joint.columns is not None
         flat = _normals((num_draws, len(joint.columns)), generator, like) @ joint.columns.to(like)

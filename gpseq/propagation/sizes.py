@@ -22,7 +22,8 @@ _KINDS = re.compile(r"dtype|scalar type|input type", re.IGNORECASE)
 def largest_state(model: nn.Module, call: Call) -> int:
     """Entries of the largest output of all modules, for one element; of what is chosen from the last, only that.
 
-    The model runs once, on one element, and neither it nor any generator of random numbers notices.
+    The model runs once, on one element, or on a batch that stays whole; neither it nor any generator of random numbers
+    notices.
 
     Args:
         model: any module.
@@ -59,7 +60,7 @@ def largest_state(model: nn.Module, call: Call) -> int:
     positions, outputs = (call.named.get(name) for name in ("positions", "outputs"))
     sizes = [1]
     for shape in shapes:
-        size = shape.numel()
+        size = -(-shape.numel() // len(one.first))
         if shape == last and len(shape) > 1:
             size = size if positions is None else size // shape[-2] * len(positions)
             size = size if outputs is None else size // shape[-1] * len(outputs)

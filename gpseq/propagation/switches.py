@@ -95,6 +95,11 @@ def _notes(module: nn.Module) -> dict[str, Any]:
 def same_draws(model: nn.Module) -> Iterator[None]:
     """What is drawn inside is drawn again afterwards, from torch's generators and from those that modules hold.
 
+    The one place where states of generators are put back. A user's forward takes no generator, and it runs more often
+    than it is asked to: for the sizes of states, at the mean to be followed, and once more to be compared with that.
+    The comparison is right only with the same draws, and a seed of the user's gives the numbers that it would without
+    such passes.
+
     Args:
         model: any module.
     """

@@ -19,8 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gpseq.propagation.call import rows_of
 from gpseq.propagation.linearisation import main_output
 from gpseq.propagation.moments import GaussianState
-from gpseq.propagation.switches import same_draws
-from gpseq.propagation.walk import Walk, _is_source
+from gpseq.propagation.registry import find
+from gpseq.propagation.switches import as_found, same_draws
+from gpseq.propagation.walk import Walk, is_source
 
 #: Numbers out of tensors: what follows them may depend on them.
 _NUMBERS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
@@ -53,7 +54,8 @@ def trace(module: nn.Module, walk: Walk, arguments: Mapping[int | str, Any]) -> 
     """The operations of a module's forward on uncertain tensors, its own uncertain parameters included.
 
     The forward runs at the mean. Tensors that are certain are what they are, so that it may look at them; of uncertain
-    ones it may look at shapes. Submodules are not entered.
+    ones it may look at shapes. Submodules are not entered; but in the form ``"full"`` those are that have no rule and
+    get several uncertain tensors.
 
     Args:
         module: its ``forward`` is followed.
@@ -63,7 +65,7 @@ def trace(module: nn.Module, walk: Walk, arguments: Mapping[int | str, Any]) -> 
     Raises:
         CannotFollow: the forward is none of Python, or looks at numbers that are uncertain.
     """
-    if "forward" in vars(module) or not isinstance(type(module).forward, FunctionType):
+    if not _is_python(module):
         raise CannotFollow("its forward is not a method that Python can look into")
     if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
         raise CannotFollow("it is compiled")
@@ -72,7 +74,7 @@ def trace(module: nn.Module, walk: Walk, arguments: Mapping[int | str, Any]) -> 
     marks = _Marks()
     marks.mark(list(copies.values()))
     try:
-        with marks, _clean(module), same_draws(module):
+        with marks, as_found(module), same_draws(module):
             graph = _Tracer(walk, copies).trace(module)
     except CannotFollow:
         raise
@@ -101,7 +103,7 @@ def check_output(
     Raises:
         CannotFollow: its output is another one.
     """
-    if _is_source(module):  # which may draw
+    if is_source(module):  # which may draw
         return
     (output,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
     found = output.meta["value"] if isinstance(output, fx.Node) else output
@@ -113,7 +115,7 @@ def check_output(
             given = {key: rows_of(str(key), value, slice(0, 1), batch) for key, value in given.items()}
         args = [given.pop(key) for key in sorted(key for key in given if isinstance(key, int))]
         with torch.no_grad(), same_draws(module):
-            return main_output(walk._run(module, *args, **given))
+            return main_output(walk.run(module, *args, **given))
 
     if walk.batch_dim == 0 and batch > 1 and found.dim() and len(found) == batch:
         try:
@@ -136,22 +138,6 @@ def _copy(value: Any, batch_dim: int) -> Any:
     if isinstance(value, GaussianState):
         value = value.mean.movedim(0, batch_dim) if value.mean.dim() > 2 else value.mean
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _clean(module: nn.Module) -> Iterator[None]:
-    """Modules that remember what they saw keep what they remembered before."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, known in before:
-            for name, value in list(vars(part).items()):
-                if isinstance(value, fx.Proxy):
-                    if name in known:
-                        vars(part)[name] = known[name]
-                    else:
-                        del vars(part)[name]
 
 
 class _Marks(TorchFunctionMode):
@@ -314,9 +300,12 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if self.walk.is_silent(m) and not _has_proxies((args, kwargs)):
             with self.running():
-                return self.walk._run(m, *args, **kwargs)
+                return self.walk.run(m, *args, **kwargs)
+        if self.walk.options.form == "full" and _is_entered(m) and _num_proxies((args, kwargs)) > 1:
+            # Only operations, one after the other, keep what several states have in common.
+            return forward(*args, **kwargs)
         with torch.no_grad(), self.running(), _unwritten(type(m).__name__, (args, kwargs)):
-            value = self.walk._run(m, *_values(args), **_values(kwargs))
+            value = self.walk.run(m, *_values(args), **_values(kwargs))
         found = self._new("call_module", type(m).__name__, args, kwargs, value)
         found.node.meta["module"] = m
         return found
@@ -369,9 +358,23 @@ def _values(arguments: Any) -> Any:
 
 
 def _has_proxies(arguments: Any) -> bool:
-    found: list[bool] = []
-    map_aggregate(arguments, lambda item: found.append(True) if isinstance(item, fx.Proxy) else None)
-    return bool(found)
+    return _num_proxies(arguments) > 0
+
+
+def _num_proxies(arguments: Any) -> int:
+    """How many different ones there are."""
+    found: set[fx.Node] = set()
+    map_aggregate(arguments, lambda item: found.add(item.node) if isinstance(item, fx.Proxy) else None)
+    return len(found)
+
+
+def _is_entered(module: nn.Module) -> bool:
+    """Whether a module has no rule, and a forward in Python instead."""
+    return find(module) is None and _is_python(module)
+
+
+def _is_python(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and isinstance(type(module).forward, FunctionType)
 
 
 def _has_tensors(value: Any) -> bool:

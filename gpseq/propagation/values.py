@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gpseq.propagation.moments import GaussianState, _numbers
+from gpseq.propagation.moments import GaussianState, new_number
 from gpseq.propagation.tracing import CannotFollow
 
 
@@ -24,7 +24,7 @@ class Value:
 
     state: GaussianState
     batch: int | None
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=new_number)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gpseq.checks import stacklevel_outside
 from gpseq.propagation.activations import activation_moments
+from gpseq.propagation.draws import Draws
 from gpseq.propagation.entries import Entries, entry_noise
-from gpseq.propagation.laws import Draws, Law
+from gpseq.propagation.laws import Law
 from gpseq.propagation.moments import Blocks, Covariance, Diagonal, Full, GaussianState, LinearMap, LowRank
 from gpseq.propagation.noise import block_noise, column_noise, diagonal_noise, full_noise, second_order
 from gpseq.propagation.posteriors import BoundPosterior
@@ -116,15 +117,20 @@ class Walk:
         """
         if state.is_certain and self.is_plain(module) and not _SELECTIONS & inputs.keys():
             plain = [arg.mean if isinstance(arg, GaussianState) else arg for arg in args]
-            if self.lead is not None and module is self._model:
-                return GaussianState(_only(self._run(module, **{self.lead: state.mean}, **inputs)))
-            return GaussianState(_only(self._run(module, state.mean, *plain, **inputs)))
+            lead = self.leading_argument(module)
+            if isinstance(lead, str):
+                return GaussianState(_only(self.run(module, **{lead: state.mean}, **inputs)))
+            return GaussianState(_only(self.run(module, state.mean, *plain, **inputs)))
         rule = find(module)
         if rule is None:
             return self.unknown(module, state, *args, **inputs)
         return rule(module, state, self, *args, **inputs)
 
-    def _run(self, module: nn.Module, *args: Any, **inputs: Any) -> Any:
+    def leading_argument(self, module: nn.Module) -> int | str:
+        """Which argument of a module's call the state is: the first, or one of the model that has a name."""
+        return self.lead if self.lead is not None and module is self._model else 0
+
+    def run(self, module: nn.Module, *args: Any, **inputs: Any) -> Any:
         """A module's own output, at the posterior's means."""
         means = self.posterior.means(module)
         return torch.func.functional_call(module, means, args, inputs) if means else module(*args, **inputs)
@@ -135,11 +141,11 @@ class Walk:
 
     def is_plain(self, module: nn.Module) -> bool:
         """Whether a module that gets what is certain can run as it is: it has no variance of its own to add."""
-        return self.is_silent(module) and not _is_time_first(module)
+        return self.is_silent(module) and not is_time_first(module)
 
     def is_silent(self, module: nn.Module) -> bool:
         """Whether a module has no variance of its own to add."""
-        return not (self.is_uncertain(module) or self._drops(module) or _is_source(module))
+        return not (self.is_uncertain(module) or self._drops(module) or is_source(module))
 
     def _drops(self, module: nn.Module) -> bool:
         """Whether dropout in a module is a source of variance."""
@@ -185,9 +191,14 @@ class Walk:
 
         return linearise(module, state, self, *args, **inputs)
 
-    def unused(self) -> tuple[str, ...]:
-        """Names of uncertain parameters that no rule has asked for."""
-        return tuple(name for name in self.posterior.posterior.names if name not in self._used)
+    def unused(self, module: nn.Module | None = None) -> tuple[str, ...]:
+        """Names of uncertain parameters that no rule has asked for.
+
+        Args:
+            module: those inside of it; ``None`` is all that the posterior has.
+        """
+        names = self.posterior.posterior.names if module is None else self.posterior.uncertain(module)
+        return tuple(name for name in names if name not in self._used)
 
     # Parameters
 
@@ -306,12 +317,12 @@ class Walk:
         """Columns of the noise of a layer, added to others."""
         drawn, exact = [], []
         for parameter, part in ((weight, "weight"), (bias, "bias")):
-            name = self.posterior.name(parameter)
-            if name is not None:
+            if parameter is not None and self.posterior.name(parameter) is not None:
                 turn = transposed and part == "weight"
-                drawn.append((self._drawn[name].transposed() if turn else self._drawn[name], part))
-                if name in self._exact:
-                    exact.append((self._exact[name].mT if turn else self._exact[name], part))
+                draws, known = self.draws(parameter)
+                drawn.append((draws.transposed() if turn else draws, part))
+                if known is not None:
+                    exact.append((known.mT if turn else known, part))
         number, options = self.posterior.posterior.num_columns, self.options
         return column_noise(laws, state, drawn, exact, number, options.rescale, onto)
 
@@ -452,6 +463,16 @@ class Walk:
         noise = entry_noise(form, laws, gains, offsets, columns, num_exact, self.options.rescale, batch)
         return out.plus(GaussianState(torch.zeros_like(out.mean), noise))
 
+    def draws(self, parameter: Tensor) -> tuple[Draws, Tensor | None]:
+        """Draws of a parameter as a matrix, and its columns that are exact, ``(num_columns, K, D)``; ``"lowrank"``.
+
+        Args:
+            parameter: one that is uncertain.
+        """
+        name = self.posterior.name(parameter)
+        assert name is not None
+        return self._drawn[name], self._exact.get(name)
+
     def columns(self, parameter: Tensor, places: Tensor | None = None) -> Tensor:
         """Draws of a parameter, those columns first that are exact; form ``"lowrank"``.
 
@@ -462,18 +483,15 @@ class Walk:
         Returns:
             ``(R, *places)``, or ``(R, n)``.
         """
-        name = self.posterior.name(parameter)
-        assert name is not None
-        draws = self._drawn[name]
+        draws, exact = self.draws(parameter)
         drawn = draws.dense().flatten(1) if places is None else draws.at(places)
         number = self.posterior.posterior.num_columns
         if not number:
             return drawn
-        if name not in self._exact:
+        if exact is None:
             exact = drawn.new_zeros(number, *drawn.shape[1:])
         else:
-            exact = self._exact[name].flatten(1)
-            exact = exact if places is None else exact[:, places]
+            exact = exact.flatten(1) if places is None else exact.flatten(1)[:, places]
         return torch.cat([exact, drawn])
 
     def normals(self, owner: nn.Module, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -519,7 +537,7 @@ def _only(output: Any) -> Tensor:
     return found
 
 
-def _is_source(module: nn.Module) -> bool:
+def is_source(module: nn.Module) -> bool:
     """Whether something inside is a source of variance by itself: it knows its moments, or draws."""
     return any(
         callable(getattr(part, "conditional", None))
@@ -529,7 +547,7 @@ def _is_source(module: nn.Module) -> bool:
     )
 
 
-def _is_time_first(module: nn.Module) -> bool:
+def is_time_first(module: nn.Module) -> bool:
     """Whether a module would take the batch, which states have first, for the time."""
     return any(getattr(part, "batch_first", True) is False for part in module.modules())
 

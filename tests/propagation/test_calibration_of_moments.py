@@ -187,6 +187,35 @@ def test_the_draws_of_a_fit_come_from_the_generator():
     assert calibrate(p, y, num_samples=8, generator=seeded(1)).scale != one.scale
 
 
+def test_a_matrix_is_factored_once(monkeypatch):
+    mean, root = gaussian(60, 4)
+    covariance = root @ root.mT
+    y = labels(mean, covariance, 4.0)
+    factored = RootLinearOperator(torch.linalg.cholesky(covariance))
+    expected = calibrate(Predictive.from_moments(mean, factored), y, num_samples=32, generator=seeded())
+    calls, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: calls.append(matrix.shape) or cholesky(matrix))
+    p = Predictive.from_moments(mean, covariance)
+    found = calibrate(p, y, num_samples=32, generator=seeded())
+    assert calls == [(60, 4, 4)]
+    assert found.scale == pytest.approx(expected.scale, rel=1e-6)
+    assert found.nlpd == pytest.approx(expected.nlpd, rel=1e-8)
+    assert found.nlpd_before == pytest.approx(expected.nlpd_before, rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:calibration")
+def test_draws_beside_a_scale_are_no_votes():
+    """Labels that are the largest of noisy logits ask for no temperature at all."""
+    mean, root = gaussian(300, 3, spread=2.0)
+    noise = torch.randn(300, 3, 1, generator=seeded(1), dtype=torch.float64)
+    p, y = Predictive.from_moments(mean, root @ root.mT), (mean + (root @ noise).squeeze(-1)).argmax(-1)
+    found = calibrate(p, y, temperature=True, num_samples=64, generator=seeded())
+    assert found.temperature == pytest.approx(0.25, rel=1e-6) and found.temperature >= 0.25
+    assert found.apply(p).probs("sample", 64, seeded(2)).min() > 0
+    pairs = calibrate(p, y, temperature=True, method="probit_pairs")  # no draws, no votes
+    assert pairs.temperature < 0.25
+
+
 def test_labels_of_tokens():
     generator = seeded()
     root = torch.randn(30, 4 * 3, 4 * 3, generator=generator, dtype=torch.float64)

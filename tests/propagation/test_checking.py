@@ -239,7 +239,7 @@ def test_laws_that_are_not_known_are_named():
 
     class Foreign(Law):
         shape = (2, 4)
-        variance = blocks = tokens = draw = rows = transposed = scaled = None
+        variance = blocks = tokens = marginals = between = draw = rows = transposed = scaled = None
 
         def to(self, like):
             return self

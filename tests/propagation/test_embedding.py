@@ -6,7 +6,7 @@ from torch import nn
 
 from gpseq.propagation import from_columns, from_covariance, from_factors, from_variances, propagate, register
 from gpseq.propagation.entries import Entries, entry_noise
-from gpseq.propagation.laws import Diagonal, KroneckerLaplace, Law
+from gpseq.propagation.laws import Diagonal, KroneckerLaplace
 from gpseq.propagation.moments import FORMS, GaussianState
 from gpseq.propagation.pooling import mean_tokens
 from gpseq.propagation.posteriors import WeightPosterior
@@ -126,19 +126,6 @@ def test_tables_that_have_no_rule():
     module = table(max_norm=1.0)
     with pytest.raises(NotImplementedError, match=r"expected a table that stays as it is, got max_norm=1\.0"):
         walk_of(module, "diag", posteriors()["variances"][0])(module, GaussianState(IDS))
-
-
-def test_laws_that_cannot_say_it():
-    class Unknown(Diagonal):
-        marginals, between = Law.marginals, Law.between
-
-    module = table()
-    posterior = WeightPosterior({"weight": Unknown(torch.ones(5, 3, dtype=torch.float64))})
-    for form, what in (("diag", "variances"), ("full", "covariances")):
-        walk = walk_of(module, form, posterior)
-        walk.laws = lambda weight, bias, like: [(posterior.laws["weight"], "bias")]
-        with pytest.raises(NotImplementedError, match=f"posterior: Unknown does not know the {what} of single entries"):
-            walk(module, GaussianState(IDS))
 
 
 class Sentence(nn.Module):

@@ -484,6 +484,42 @@ def test_what_a_module_remembers_stays_as_it_was():
     assert all(isinstance(value, torch.Tensor) for value in (network.seen, network.new))
 
 
+class Counting(nn.Module):
+    """Notes how many elements it gets."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.linear, self.operation, self.sizes = nn.Linear(3, 2), operation, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.operation(self.linear(x))
+
+
+def needs_several(h):
+    if len(h) < 2:
+        raise ValueError("a batch of several, please")
+    return h + 1
+
+
+@pytest.mark.parametrize(
+    ("operation", "batch", "sizes"),
+    [
+        pytest.param(lambda h: h + 1, 3, [3, 1], id="first element"),
+        pytest.param(lambda h: h * len(h), 3, [3, 1, 3], id="depends on the size of the batch"),
+        pytest.param(needs_several, 3, [3, 1, 3], id="wants several"),
+        pytest.param(lambda h: h + 1, 1, [1, 1], id="a single one"),
+    ],
+)
+def test_what_was_followed_is_compared_on_one_element_where_that_is_enough(operation, batch, sizes):
+    network = Counting(operation).eval()
+    walk = Walk(network, posterior(network, 0.1).bind(network), Options())
+    x = torch.randn(batch, 3)
+    found = walk(network, GaussianState(x))
+    assert network.sizes == sizes
+    torch.testing.assert_close(found.mean, operation(network.linear(x)))
+
+
 # What cannot be followed
 
 

@@ -173,3 +173,16 @@ def sum_of_queries(heads, spread):
     pull = heads.weights.unsqueeze(-1) * (heads.value.unsqueeze(2) - heads.output.unsqueeze(3))
     slopes = heads.scale * torch.einsum("bhtsi,bhsj->bhtij", pull, heads.key)
     return torch.einsum("bhtij,bhtj->bhti", slopes.square(), spread)
+
+
+def test_sketches_that_were_made_in_inference_mode_can_be_in_a_graph():
+    def run():
+        query, key, value = (torch.randn(1, 2, EXACT + 1, 20, requires_grad=True) for _ in range(3))
+        heads = Heads.of(query, key, value)
+        found = heads.from_query(torch.rand_like(query))
+        return found + heads.from_key_weights(torch.rand(2, 20), torch.rand(28), torch.rand(1, EXACT + 1, 28)), key
+
+    with torch.inference_mode():
+        run()
+    found, key = run()
+    assert torch.autograd.grad(found.sum(), key)[0].isfinite().all()

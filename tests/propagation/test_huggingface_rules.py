@@ -356,6 +356,52 @@ def test_dropout_as_a_source_of_variance():
     assert more.variance.gt(found.variance).all()
 
 
+def dropping(name, rate):
+    """One block of attention that drops its weights, and of which nothing else mixes features; the residual path."""
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": rate}
+    if name == "bert":
+        text = {"vocab_size": 40, "max_position_embeddings": 16, **sizes}
+        model = transformers.BertModel(transformers.BertConfig(**text, **nothing), add_pooling_layer=False)
+        (layer,) = model.encoder.layer
+        out, last = layer.attention.output.dense, layer.output.dense
+        layer.attention.output.LayerNorm = layer.output.LayerNorm = nn.Identity()
+    elif name == "vit":
+        config = transformers.ViTConfig(image_size=8, patch_size=4, **sizes, **nothing)
+        model = transformers.ViTModel(config, add_pooling_layer=False)
+        (layer,) = model.layers if hasattr(model, "layers") else model.encoder.layer
+        out, last = layer.attention.o_proj, layer.mlp.fc2
+        model.layernorm = nn.Identity()
+    else:
+        config = {**GPT, "n_layer": 1, "attn_pdrop": rate, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        model = transformers.GPT2Model(transformers.GPT2Config(**config))
+        out, last = model.h[0].attn.c_proj, model.h[0].mlp.c_proj
+        model.ln_f = nn.Identity()
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        out.weight.copy_(torch.eye(16))
+        last.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("form", ["diag", "full"])
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2"])
+def test_dropped_weights_of_attention_against_draws_of_them(name, form):
+    model = dropping(name, 0.2)
+    given, counts = inputs(name, model)
+    with torch.no_grad():
+        found = propagate(model, from_variances({}), given, covariance=form, dropout="variance")
+        model.train()
+        many = {key: value.repeat(3000, *[1] * (value.dim() - 1)) for key, value in given.items()}
+        drawn = model(**many)[0].unflatten(0, (3000, -1))
+    assert found.variance[counts].gt(0).all()
+    size = drawn.var(0)[counts]
+    torch.testing.assert_close(found.variance[counts], size, rtol=0.15, atol=0.02 * size.max().item())
+    torch.testing.assert_close(found.mean[counts], drawn.mean(0)[counts], rtol=0, atol=0.1 * size.max().sqrt().item())
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "gpt2 classes"])
 def test_on_a_gpu(name):

@@ -132,6 +132,25 @@ def test_the_diagonal_is_exact(name, likelihood):
     check_diagonals(curvature, dense(model, (x,), likelihood, noise=0.5))
 
 
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+@pytest.mark.parametrize("name", ["mlp", "encoder", "looks at values"])
+def test_totals_hold_no_graph(name, structure):
+    model, x = case(name)
+    for block in fit_curvature(model, [x, x], structure=structure).blocks.values():
+        for value in vars(block).values() if isinstance(block, Factors) else [block]:
+            assert value.grad_fn is None and not value.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_weights_in_half_precision_are_refused(half):
+    """As they are where the posterior would be used."""
+    model = mlp().to(half)
+    for fit in (fit_curvature, fit_laplace):
+        with pytest.raises(TypeError, match=rf"model: expected weights in float32 or float64, got {half}"):
+            fit(model, [torch.randn(4, 3).to(half)])
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 100])
 def test_the_size_of_chunks_changes_nothing(chunk_size, monkeypatch):
     model, x = case("mlp")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, LowRank
+from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, Law, LowRank
 
 KINDS = ["diagonal", "kronecker", "laplace", "dense", "lowrank"]
 sizes = st.integers(1, 4)
@@ -210,6 +210,22 @@ def test_all_products_of_draws_are_those_of_the_matrices(rows, columns, number, 
     # Each entry is in one of the draws, with all of its deviation.
     torch.testing.assert_close(drawn.dense().square().sum(0), law.entries)
     assert (drawn.dense() != 0).sum(0).eq(1).all()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "laplace"])
+def test_draws_are_transposed_once(kind):
+    """What the parts of a batch share, they share for weights that are stored with the inputs first, too."""
+    law, dense = make(kind, 3, 2)
+    drawn = law.draw(4, torch.Generator().manual_seed(0), dense)
+    assert drawn.transposed() is drawn.transposed()
+    torch.testing.assert_close(drawn.transposed().transposed().dense(), drawn.dense())
+
+
+@pytest.mark.parametrize("name", ["marginals", "between"])
+def test_a_law_knows_its_entries(name):
+    known = {each: None for each in Law.__abstractmethods__ if each != name}
+    with pytest.raises(TypeError, match=name):
+        type("Unknown", (Law,), known)()
 
 
 def test_draws_scatter_as_much_as_draws_of_all_entries_would():

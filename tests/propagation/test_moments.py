@@ -1,7 +1,10 @@
 """Covariances in their forms against dense algebra."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -270,3 +273,17 @@ def test_dtypes_are_kept(dtype):
         single = low[form].apply(feature_map(matrix.float()))
         double = state.covariance.apply(feature_map(matrix))
         torch.testing.assert_close(dense(single).double(), dense(double), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_states_can_be_pickled_and_copied(form):
+    state = random_state(form, 2, (2, 3), seeded())
+    state = replace(state, covariance=state.covariance.fork()[0])
+    for found in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        assert type(found.covariance) is type(state.covariance)
+        torch.testing.assert_close(found.mean, state.mean, rtol=0, atol=0)
+        torch.testing.assert_close(dense(found), dense(state), rtol=0, atol=0)
+        if form == "full":
+            assert isinstance(found.covariance.crosses, MappingProxyType)
+            assert found.covariance.event == (2, 3)
+            torch.testing.assert_close(dict(found.covariance.crosses), dict(state.covariance.crosses), rtol=0, atol=0)

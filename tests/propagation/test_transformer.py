@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gpseq.propagation import from_variances, propagate
+from gpseq.propagation.attention import EXACT
 from gpseq.propagation.forward import STREAMLINED, exact_kernels
 from gpseq.propagation.moments import GaussianState
 from gpseq.propagation.walk import Options, Walk
@@ -318,3 +319,27 @@ class Attend(nn.Module):
 
     def propagate_moments(self, state, walk):
         return walk(self.attention, state)
+
+
+@pytest.mark.parametrize("part", ["all weights", "queries and keys"])
+def test_many_tokens_are_sketched_to_a_few_per_cent(part, monkeypatch):
+    """The marginal form of a whole network, with random directions for queries and keys, and without."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, 0.0, "gelu", batch_first=True, norm_first=True)
+    network = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    scores = torch.zeros(96, 32, dtype=torch.float64)
+    scores[:64] = 1e-3
+    alone = from_variances({"layers.0.self_attn.in_proj_weight": scores})
+    weights, mean, single = (posterior(network, 0.05), 0.01, 0.02) if part == "all weights" else (alone, 0.03, 0.15)
+    x = torch.randn(2, EXACT + 8, 32, dtype=torch.float64)
+    with torch.no_grad():
+        found = propagate(network, weights, x, covariance="diag")
+        monkeypatch.setattr("gpseq.propagation.attention.EXACT", 10**6)
+        exact = propagate(network, weights, x, covariance="diag")
+    ratio = (found.variance / exact.variance).sqrt()
+    assert not torch.equal(found.variance, exact.variance)
+    assert abs(ratio.mean() - 1) < mean
+    assert (ratio - 1).square().mean().sqrt() < single
+    assert ((found.mean - exact.mean).abs() / exact.variance.sqrt()).max() < 0.05

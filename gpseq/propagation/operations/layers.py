@@ -132,7 +132,7 @@ def _from_right(run: Interpreter, value: Value, matrix: Tensor, batch: int | Non
 def linear(run: Interpreter, value: Any, weight: Any, bias: Any = None) -> Value:
     """A matrix of weights."""
     if isinstance(value, Tensor):
-        value = run._before(value, nn.Identity())
+        value = run.before(value, nn.Identity())
     value = run.value(value)
     if value.batch == value.dim - 1:
         raise CannotFollow("{operation} goes over the batch")

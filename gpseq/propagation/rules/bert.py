@@ -20,10 +20,30 @@ from gpseq.propagation.rules.huggingface import (
     is_class,
     model_mask,
     of_family,
+    score_mask,
     through_base,
     through_blocks,
 )
 from gpseq.propagation.walk import Walk
+
+
+@register(of_family("Attention"))
+def bert_attention(
+    module: Any, state: GaussianState, walk: Walk, attention_mask: Tensor | None = None, **inputs: Any
+) -> GaussianState:
+    """Attention beside its residual path, and the norm of their sum."""
+    check_inputs(module, walk, inputs)
+    inner, outer = module.self, module.output
+    check_attention(inner, walk)
+    mask = score_mask(inner, attention_mask, state.mean, causal=bool(getattr(inner, "is_decoder", False)))
+    heads = find_part(inner, walk, "num_attention_heads")
+    projections = [(part.weight, part.bias) for part in (inner.query, inner.key, inner.value)]
+
+    def attention(x: GaussianState) -> GaussianState:
+        out = attend(x, walk, projections, heads, mask, getattr(inner, "scaling", None), dropout=inner.dropout.p)
+        return walk(outer.dropout, walk(outer.dense, out))
+
+    return walk(outer.LayerNorm, state.branch(attention))
 
 
 @register(of_family("Layer"))
@@ -32,23 +52,12 @@ def bert_layer(
 ) -> GaussianState:
     """Attention and a perceptron, with norms after their residual paths."""
     check_inputs(module, walk, inputs)
-    inner, outer = module.attention.self, module.attention.output
-    check_attention(inner, walk)
-    mask = None if attention_mask is None else additive(attention_mask, state.mean)
-    if attention_mask is None and getattr(module, "is_decoder", False):
-        mask = additive(model_mask(None, state.mean, causal=True), state.mean)  # type: ignore[arg-type]
-    heads = find_part(inner, walk, "num_attention_heads")
-    projections = [(part.weight, part.bias) for part in (inner.query, inner.key, inner.value)]
-
-    def attention(x: GaussianState) -> GaussianState:
-        out = attend(x, walk, projections, heads, mask, getattr(inner, "scaling", None), dropout=inner.dropout.p)
-        return walk(outer.dropout, walk(outer.dense, out))
 
     def perceptron(x: GaussianState) -> GaussianState:
         hidden = activate(module.intermediate.intermediate_act_fn, walk(module.intermediate.dense, x), walk)
         return walk(module.output.dropout, walk(module.output.dense, hidden))
 
-    state = walk(outer.LayerNorm, state.branch(attention))
+    state = bert_attention(module.attention, state, walk, attention_mask)
     return walk(module.output.LayerNorm, state.branch(perceptron))
 
 

@@ -13,15 +13,38 @@ from gpseq.propagation.registry import register
 from gpseq.propagation.rules.attention import attend
 from gpseq.propagation.rules.huggingface import (
     activate,
-    additive,
     check_attention,
     check_inputs,
     is_class,
     model_mask,
+    score_mask,
     through_base,
     through_blocks,
 )
 from gpseq.propagation.walk import Walk
+
+
+@register(is_class("GPT2Attention"))
+def gpt2_attention(
+    module: Any,
+    state: GaussianState,
+    walk: Walk,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **inputs: Any,
+) -> GaussianState:
+    """Causal attention and the matrix behind it."""
+    check_inputs(module, walk, {"past_key_values": past_key_values, **inputs})
+    check_attention(module, walk)
+    mask = score_mask(module, attention_mask, state.mean, causal=True)
+    scale = getattr(module, "scaling", None)
+    if scale is None:  # releases 4 find it in each call
+        scale = float(module.head_dim) ** -0.5 if module.scale_attn_weights else 1.0
+        if module.scale_attn_by_inverse_layer_idx:
+            scale /= module.layer_idx + 1
+    projections = [(module.c_attn.weight, module.c_attn.bias)]
+    heads = attend(state, walk, projections, module.num_heads, mask, scale, True, dropout=module.attn_dropout.p)
+    return walk(module.resid_dropout, walk(module.c_proj, heads))
 
 
 @register(is_class("GPT2Block"))
@@ -30,23 +53,10 @@ def gpt2_block(
 ) -> GaussianState:
     """Causal attention and a perceptron, with norms before them."""
     check_inputs(module, walk, inputs)
-    inner, mlp = module.attn, module.mlp
-    check_attention(inner, walk)
-    if attention_mask is None:
-        attention_mask = model_mask(None, state.mean, causal=True)
-    assert attention_mask is not None
-    mask = additive(attention_mask, state.mean)
-    scale = getattr(inner, "scaling", None)
-    if scale is None:  # releases 4 find it in each call
-        scale = float(inner.head_dim) ** -0.5 if inner.scale_attn_weights else 1.0
-        if inner.scale_attn_by_inverse_layer_idx:
-            scale /= inner.layer_idx + 1
+    mlp = module.mlp
 
     def attention(x: GaussianState) -> GaussianState:
-        projections = [(inner.c_attn.weight, inner.c_attn.bias)]
-        x = walk(module.ln_1, x)
-        heads = attend(x, walk, projections, inner.num_heads, mask, scale, True, dropout=inner.attn_dropout.p)
-        return walk(inner.resid_dropout, walk(inner.c_proj, heads))
+        return gpt2_attention(module.attn, walk(module.ln_1, x), walk, attention_mask=attention_mask)
 
     def perceptron(x: GaussianState) -> GaussianState:
         hidden = activate(mlp.act, walk(mlp.c_fc, walk(module.ln_2, x)), walk)

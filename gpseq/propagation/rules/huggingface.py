@@ -34,12 +34,12 @@ HARMLESS = {"use_cache", "return_dict", "output_attentions", "output_hidden_stat
 def is_class(*names: str) -> Callable[[nn.Module], bool]:
     """Whether a module is of a class of transformers, or of a subclass that has its ``forward``.
 
-    A block, whose rule looks into its parts, has to have those of transformers.
+    A block or an attention, whose rule looks into its parts, has to have those of transformers.
 
     Args:
         names: of classes.
     """
-    of_block = any(name.endswith(("Layer", "Block")) for name in names)
+    of_block = any(name.endswith(("Layer", "Block", "Attention")) for name in names)
 
     def predicate(module: nn.Module) -> bool:
         kind = type(module)
@@ -146,6 +146,23 @@ def model_mask(mask: Tensor | None, like: Tensor, causal: bool = False) -> Tenso
     if seen is None:
         return None
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)
+
+
+def score_mask(module: Any, mask: Tensor | None, like: Tensor, causal: bool = False) -> Tensor | None:
+    """What attention adds to its scores, ``(B, 1, T, T)`` or what broadcasts to it, or ``None``.
+
+    Args:
+        module: that has the scores.
+        mask: of its call.
+        like: tokens, ``(B, T, D)``.
+        causal: whether tokens see those before them only where no mask is given.
+    """
+    if mask is None and causal:
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        # "eager" leaves that to the model, unless the triangle is a buffer, as releases 4 had it.
+        if kind != "eager" or getattr(module, "bias", None) is not None:
+            mask = model_mask(None, like, causal=True)
+    return None if mask is None else additive(mask, like)
 
 
 def check_attention(module: Any, walk: Walk) -> None:

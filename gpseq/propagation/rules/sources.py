@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpseq.linalg import covariance_root
 from gpseq.propagation import quadratic
 from gpseq.propagation.call import rows_of
 from gpseq.propagation.moments import Blocks, Covariance, Diagonal, Full, GaussianState, LinearMap, LowRank
@@ -230,7 +231,7 @@ def _noise(module: Any, walk: Walk, call: _Call, at: Tensor, mean: Tensor, sprea
     if form == "blockdiag":
         return _token_blocks(_dense(spread), mean)
     drawn = walk.normals(module, (walk.num_draws, size), mean)
-    columns = torch.einsum("bnk,rk->rbn", _root(_dense(spread)), drawn).unflatten(-1, event)
+    columns = torch.einsum("bnk,rk->rbn", covariance_root(_dense(spread), jitter=0.0), drawn).unflatten(-1, event)
     return _as_columns(walk, columns, variance)
 
 
@@ -242,7 +243,8 @@ def _from_blocks(module: nn.Module, walk: Walk, spread: Any, variance: Tensor) -
         joint = torch.diag_embed(flat.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2)  # (B, T, D, T, D)
         return Full(joint.flatten(3).flatten(1, 2), tuple(variance.shape[1:]))
     drawn = walk.normals(module, (walk.num_draws, *variance.shape[1:]), variance)
-    return _as_columns(walk, torch.einsum("b...ij,r...j->rb...i", _root(entries), drawn), variance)
+    columns = torch.einsum("b...ij,r...j->rb...i", covariance_root(entries, jitter=0.0), drawn)
+    return _as_columns(walk, columns, variance)
 
 
 def _from_heads(module: Any, walk: Walk, heads: Tensor, call: _Call, variance: Tensor) -> Covariance:
@@ -262,7 +264,8 @@ def _from_heads(module: Any, walk: Walk, heads: Tensor, call: _Call, variance: T
         return Full(joint.flatten(3).flatten(1, 2), tuple(variance.shape[1:]))
     shape = (walk.num_draws, number, matrix.shape[-1], heads.shape[-1])
     drawn = walk.normals(module, shape, variance)
-    noise = torch.einsum("bhdts,rhds->rbthd", _root(heads).to(weight).expand(-1, -1, shape[2], -1, -1), drawn)
+    root = covariance_root(heads, jitter=0.0).to(weight).expand(-1, -1, shape[2], -1, -1)
+    noise = torch.einsum("bhdts,rhds->rbthd", root, drawn)
     columns = noise.flatten(-2) @ weight.mT * kept.unsqueeze(-1)
     return _as_columns(walk, columns, variance)
 
@@ -344,9 +347,3 @@ def _dense(spread: Any) -> Tensor:
 def _diagonal(spread: Any) -> Tensor:
     diagonal: Tensor = spread.diagonal(dim1=-2, dim2=-1)
     return diagonal
-
-
-def _root(covariance: Tensor) -> Tensor:
-    """A square root of a covariance, which may be singular."""
-    values, vectors = torch.linalg.eigh(covariance.double())
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(covariance.dtype)

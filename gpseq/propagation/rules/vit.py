@@ -13,16 +13,35 @@ from gpseq.propagation.registry import register
 from gpseq.propagation.rules.attention import attend
 from gpseq.propagation.rules.huggingface import (
     activate,
-    additive,
     check_attention,
     check_inputs,
     find_part,
     is_class,
     model_mask,
+    score_mask,
     through_base,
     through_blocks,
 )
 from gpseq.propagation.walk import Walk
+
+
+@register(is_class("ViTAttention"))
+def vit_attention(
+    module: Any, state: GaussianState, walk: Walk, attention_mask: Tensor | None = None, **inputs: Any
+) -> GaussianState:
+    """Attention and the matrix behind it."""
+    check_inputs(module, walk, inputs)
+    inner = getattr(module, "attention", module)  # one inside the other in releases 4
+    check_attention(inner, walk)
+    mask = score_mask(inner, attention_mask, state.mean)
+    names = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    parts = [find_part(inner, walk, *name) for name in names]
+    projections = [(part.weight, part.bias) for part in parts]
+    out_proj = find_part(module, walk, "o_proj", "output.dense")
+    scale, rate = getattr(inner, "scaling", None), getattr(inner, "attention_dropout", 0.0)
+    out = walk(out_proj, attend(state, walk, projections, inner.num_attention_heads, mask, scale, dropout=rate))
+    dropout = getattr(getattr(module, "output", None), "dropout", None)  # beside the matrix in releases 4
+    return out if dropout is None else walk(dropout, out)
 
 
 @register(is_class("ViTLayer"))
@@ -31,31 +50,19 @@ def vit_layer(
 ) -> GaussianState:
     """Attention and a perceptron, with norms before them."""
     check_inputs(module, walk, inputs)
-    inner = getattr(module.attention, "attention", module.attention)  # one inside the other in releases 4
-    check_attention(inner, walk)
-    mask = None if attention_mask is None else additive(attention_mask, state.mean)
-    names = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
-    parts = [find_part(inner, walk, *name) for name in names]
-    projections = [(part.weight, part.bias) for part in parts]
-    out_proj = find_part(module.attention, walk, "o_proj", "output.dense")
     first = find_part(module, walk, "mlp.fc1", "intermediate.dense")
     second = find_part(module, walk, "mlp.fc2", "output.dense")
     function = find_part(module, walk, "mlp.activation_fn", "intermediate.intermediate_act_fn")
     # One dropout for both; in releases 4 one each, beside the matrices.
-    dropouts = [
-        getattr(module, "dropout", None) or getattr(owner, "dropout", None) or nn.Identity()
-        for owner in (getattr(module.attention, "output", None), getattr(module, "output", None))
-    ]
+    shared = getattr(module, "dropout", None) or nn.Identity()
+    own = getattr(getattr(module, "output", None), "dropout", None) or shared
 
     def attention(x: GaussianState) -> GaussianState:
-        x = walk(module.layernorm_before, x)
-        scale, rate = getattr(inner, "scaling", None), getattr(inner, "attention_dropout", 0.0)
-        heads = attend(x, walk, projections, inner.num_attention_heads, mask, scale, dropout=rate)
-        return walk(dropouts[0], walk(out_proj, heads))
+        return walk(shared, vit_attention(module.attention, walk(module.layernorm_before, x), walk, attention_mask))
 
     def perceptron(x: GaussianState) -> GaussianState:
         hidden = activate(function, walk(first, walk(module.layernorm_after, x)), walk)
-        return walk(dropouts[1], walk(second, hidden))
+        return walk(own, walk(second, hidden))
 
     return state.branch(attention).branch(perceptron)
 
