@@ -351,18 +351,21 @@ class Walk:
         return Full(full_noise(laws, state, products), (*state.mean.shape[1:-1], laws[0][0].shape[0]))
 
     def independent(self, state: GaussianState, variance: Tensor) -> GaussianState:
-        """The state with independent noise of its entries added.
+        """The state with independent noise of its entries added, which all that comes after has in common.
 
         Args:
             state: ``(B, *event)``.
             variance: of the noise, the same.
         """
-        if state.covariance is not None:
-            return state.scale(torch.ones_like(state.mean), state.mean, variance)
-        return GaussianState(state.mean, self.diagonal(variance))
+        noise = self.diagonal(variance)
+        return GaussianState(state.mean, noise if state.covariance is None else state.covariance.plus(noise))
 
     def diagonal(self, variance: Tensor) -> Covariance:
-        """Independent entries with some variances, ``(B, *event)``, as a covariance in the form of the walk."""
+        """Independent entries with some variances, ``(B, *event)``, as a covariance in the form of the walk.
+
+        Columns of the form ``"lowrank"`` are draws with exact marginals: layers behind mix the entries, and what they
+        make of them covaries, which a diagonal would forget.
+        """
         form = self.options.form
         if form == "diag":
             return Diagonal(variance)
@@ -370,8 +373,13 @@ class Walk:
             return Blocks(torch.diag_embed(variance))
         if form == "full":
             return Full(torch.diag_embed(variance.flatten(1)), tuple(variance.shape[1:]))
-        number = self.posterior.posterior.num_columns + self.num_draws
-        return LowRank(variance.new_zeros(number, *variance.shape), variance)
+        drawn = self.normals(self._model, (self.num_draws, *variance.shape[1:]), variance)
+        size = drawn.square().sum(0) if self.options.rescale else drawn.new_tensor(float(self.num_draws))
+        columns = (drawn * size.rsqrt()).unsqueeze(1) * variance.sqrt()
+        number = self.posterior.posterior.num_columns
+        if number:
+            columns = torch.cat([columns.new_zeros(number, *columns.shape[1:]), columns])
+        return LowRank(columns)
 
     def entries(self, parameter: Tensor, places: Tensor, batch: int | None = None) -> GaussianState:
         r"""Entries of a parameter as a state, :math:`\theta_p`: rows of a table, tokens that are learnt.

@@ -197,15 +197,16 @@ def test_dropout_is_a_source_of_variance_if_asked(form):
     variances = {name: normal(*value.shape, seed=2).square() for name, value in network.named_parameters()}
     x = normal(2, 3)
     mean, covariance = dropout_moments(network[1], {n[2:]: v.sqrt() for n, v in variances.items()}, x, 0.3)
-    found = propagate(network, from_variances(variances), x, covariance=form, dropout="variance")
+    found = propagate(network, from_variances(variances), x, covariance=form, dropout="variance", num_tangents=20_000)
     torch.testing.assert_close(found.mean, mean)
-    torch.testing.assert_close(found.variance, covariance.diagonal(dim1=-2, dim2=-1))
+    close = {"rtol": 0.05, "atol": 0.0} if form == "lowrank" else {}  # the noise of a source is drawn there
+    torch.testing.assert_close(found.variance, covariance.diagonal(dim1=-2, dim2=-1), **close)
     if form in ("blockdiag", "full"):
         torch.testing.assert_close(found.covariance.to_dense(), covariance, rtol=1e-12, atol=1e-12)
     # alone, too
     _, masks = dropout_moments(network[1], {"bias": torch.zeros(2, dtype=torch.float64)}, x, 0.3)
-    alone = propagate(network, from_variances({}), x, covariance=form, dropout="variance")
-    torch.testing.assert_close(alone.variance, masks.diagonal(dim1=-2, dim2=-1))
+    alone = propagate(network, from_variances({}), x, covariance=form, dropout="variance", num_tangents=20_000)
+    torch.testing.assert_close(alone.variance, masks.diagonal(dim1=-2, dim2=-1), **close)
     assert propagate(network, from_variances({}), x, covariance=form).variance.abs().max() == 0
 
 

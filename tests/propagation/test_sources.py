@@ -150,7 +150,7 @@ def test_wide_events_are_squared_by_random_signs(form, monkeypatch):
     def run():
         walk = walk_over(network, variances, form, num_draws=4000)
         before = walk(network[0], GaussianState(x))
-        return walk(network[1], walk.independent(before, torch.full_like(x, 0.3)))
+        return walk(network[1], before.scale(torch.ones_like(x), before.mean, torch.full_like(x, 0.3)))
 
     exact = run()
     monkeypatch.setattr(sources, "EXACT_UP_TO", 0)
