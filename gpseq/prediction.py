@@ -24,10 +24,13 @@ from gpseq.nn.generator import undisturbed, use_generator
 from gpseq.nn.projection import ProjectedAttention
 from gpseq.nn.temperature import recording, temperature
 from gpseq.predictive import Predictive
+from gpseq.reconfiguration.rollout import Record, Rollout, drawing, recording_steps
 from gpseq.variational.whitened_points import WhitenedPointsStrategy
 
 #: What :func:`predict` can do.
 METHODS = ("sample", "moments", "variance_temperature")
+#: Numbers in a state up to which a network of sources carries all of its covariance; beyond, columns, which are draws.
+FULL_UP_TO = 128
 #: Inputs that torch's layers give to pairs of positions, not to elements of the batch.
 PAIR_MASKS = ("attn_mask", "mask", "src_mask", "tgt_mask", "memory_mask")
 
@@ -44,6 +47,7 @@ def predict(
     batch_dim: int | None = None,
     shared: Sequence[str] = (),
     batched: Sequence[str] = (),
+    antithetic: bool = False,
     **inputs: Any,
 ) -> Predictive:
     r"""Predict with a model, whatever it is.
@@ -51,9 +55,10 @@ def predict(
     ``"sample"`` draws. A Gaussian process draws functions, joint over the points. Any other module is called once on
     the batch repeated ``num_samples`` times, so that what depends on parameters alone is computed once; its layers draw
     anew for every copy. ``"moments"`` is one pass: a Gaussian process gives its posterior, and a module with
-    ``conditional(x, **inputs) -> (mean, covariance)`` what that returns. ``"variance_temperature"`` is one pass without
-    draws: logits are divided by a temperature that the variances of the layers ask for, see
-    :func:`gpseq.nn.calibrate`.
+    ``conditional(x, **inputs) -> (mean, covariance)`` what that returns; a network with such modules inside, or with
+    the chain of a :class:`gpseq.reconfiguration.Distiller`, gives its moments by :func:`gpseq.propagation.propagate`,
+    which draws columns where states are large. ``"variance_temperature"`` is one pass without draws: logits are divided
+    by a temperature that the variances of the layers ask for, see :func:`gpseq.nn.calibrate`.
 
     The model is in eval mode meanwhile, and every submodule is in its own mode again at the end. Gradients flow unless
     the caller turned them off. What the layers of ``gpseq.nn`` and the strategies of sparse-GP attention remember of
@@ -80,6 +85,8 @@ def predict(
         shared: names of inputs that all elements of the batch share.
         batched: names of inputs that are repeated with x, where the rules below say otherwise: a padding mask
             ``(B, T)`` with the name ``mask`` where B is T.
+        antithetic: for ``"sample"`` of a student of :class:`gpseq.reconfiguration.Distiller`: whether half of the draws
+            have the noise of the other half with the sign changed.
         inputs: further arguments of the model. Tensors of size B along the batch dimension are repeated with x, all
             else is handed on as it is. Square matrices with torch's names of masks on pairs of positions
             (``attn_mask``, ``mask``, ``src_mask``, ``tgt_mask``, ``memory_mask``) are shared even where B is their
@@ -116,6 +123,8 @@ def predict(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     _check_likelihood(likelihood)
+    if antithetic and not (method == "sample" and any(isinstance(part, Rollout) for part in model.modules())):
+        raise ValueError("antithetic: expected it with method 'sample' of a student of a Distiller, got another model.")
     call = _Call.of(x, inputs, axis, _names("shared", shared), _names("batched", batched))
     _check_layout(model, call, batch_dim)
     # Imported here, because most models need no stream.
@@ -128,11 +137,13 @@ def predict(
         elif isinstance(model, GP):
             result = _from_process(call.run(model), batch_size, likelihood)
         elif method == "sample":
-            result = _draw(model, call, num_samples, batch_size, likelihood)
+            copies = num_samples if antithetic else 0
+            with drawing(model, copies):
+                result = _draw(model, call, num_samples, batch_size, likelihood)
         elif method == "variance_temperature":
             result = _temper(model, call, batch_size, likelihood)
         else:
-            result = _conditional(model, call, batch_size, likelihood)
+            result = _conditional(model, call, batch_size, likelihood, generator)
     if method != "sample" or result.samples is not None:
         return result
     return Predictive.from_samples(
@@ -318,7 +329,8 @@ def _draw(
     """Draws of a network, or the posterior where the module turns out to be a Gaussian process."""
     results = []
     for piece in call.pieces(batch_size):
-        output = piece.repeated(num_samples).run(model)
+        with recording_steps(model, states=False) as records:
+            output = piece.repeated(num_samples).run(model)
         if isinstance(output, MultivariateNormal):  # joint over points: copies of them would be the same draw
             return _from_process(call.run(model), batch_size, likelihood)
         values, noise = network_output(output)
@@ -329,8 +341,21 @@ def _draw(
             noise = _split(noise, num_samples, piece)[0]
         elif likelihood is not None:
             noise = _noise(likelihood, samples)
-        results.append(Predictive.from_samples(samples, noise=noise))
+        scores = _spreads(records[0], samples, num_samples, axis) if len(records) == 1 else None
+        results.append(Predictive.from_samples(samples, noise=noise, scores=scores))
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
+
+
+def _spreads(record: Record, samples: Tensor, num_samples: int, axis: int) -> dict[str, Tensor] | None:
+    """Deviations along a chain, averaged over draws: of each element, or of each token where those have outputs."""
+    depth = record.token_spread().unflatten(0, (num_samples, -1)).mean(0)  # (B, T, L)
+    if samples.dim() == 3:
+        depth = record.mean_over_tokens(depth)
+    elif samples.dim() == 4 and samples.shape[2 - axis] == depth.shape[1]:
+        depth = depth.transpose(0, axis)
+    else:
+        return None
+    return {"spread": depth.mean(-1), "spread.depth": depth}
 
 
 def _temper(model: nn.Module, call: _Call, batch_size: int | None, likelihood: Likelihood | None) -> Predictive:
@@ -368,15 +393,23 @@ def _temper(model: nn.Module, call: _Call, batch_size: int | None, likelihood: L
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
 
 
-def _conditional(model: nn.Module, call: _Call, batch_size: int | None, likelihood: Likelihood | None) -> Predictive:
+def _conditional(
+    model: nn.Module,
+    call: _Call,
+    batch_size: int | None,
+    likelihood: Likelihood | None,
+    generator: torch.Generator | None,
+) -> Predictive:
     """The Gaussian of a module that offers one."""
+    if not isinstance(model, GP) and not callable(getattr(model, "conditional", None)) and _has_sources(model):
+        return _propagated(model, call, batch_size, likelihood, generator)
     if not callable(getattr(model, "conditional", None)):
         output = call.run(model)
         if isinstance(output, MultivariateNormal):
             return _from_process(output, batch_size, likelihood)
         raise TypeError(
-            "model: method 'moments' takes a GPyTorch model, or a module with conditional(x) -> (mean, covariance), "
-            f"got {type(model).__name__}; method 'sample' takes any."
+            "model: method 'moments' takes a GPyTorch model, or a module with conditional(x) -> (mean, covariance) or "
+            f"with such modules inside, got {type(model).__name__}; method 'sample' takes any."
         )
     results = []
     for piece in call.pieces(batch_size):
@@ -385,6 +418,35 @@ def _conditional(model: nn.Module, call: _Call, batch_size: int | None, likeliho
         results.append(Predictive.from_moments(mean, covariance, noise=noise))
         axis = _output_axis(mean, piece.size, piece.batch_dim)
     return Predictive.cat(results, axis) if len(results) > 1 else results[0]
+
+
+def _has_sources(model: nn.Module) -> bool:
+    """Whether parts of a network know their own moments."""
+    return any(
+        callable(getattr(part, name, None)) for part in model.modules() for name in ("conditional", "propagate_moments")
+    )
+
+
+def _propagated(
+    model: nn.Module,
+    call: _Call,
+    batch_size: int | None,
+    likelihood: Likelihood | None,
+    generator: torch.Generator | None,
+) -> Predictive:
+    """Moments of a network whose layers are sources of variance, and whose weights are certain."""
+    # Here, because most models need no rules.
+    from gpseq.propagation import from_variances, plan, propagate
+
+    x = call.named if call.first is None else call.first
+    named: dict[str, Any] = {"batch_dim": call.batch_dim, **({} if call.first is None else call.named)}
+    nothing = from_variances({})
+    size = plan(model, nothing, x, "lowrank", chunk_size=batch_size, **named).largest
+    form = "full" if size <= FULL_UP_TO else "lowrank"
+    found = propagate(model, nothing, x, form, chunk_size=batch_size, generator=generator, **named)
+    if likelihood is None:
+        return found
+    return Predictive.from_moments(found.mean, found.covariance, noise=_noise(likelihood, found.mean))
 
 
 def _moments(given: Any) -> tuple[Tensor, Tensor | LinearOperator]:

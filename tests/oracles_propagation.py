@@ -72,3 +72,9 @@ def relative_variances(network, ratio, names=None):
 def posterior(network, ratio, names=None):
     """The same as a posterior."""
     return from_variances(relative_variances(network, ratio, names))
+
+
+def held(part, model, values):
+    """Some of what is known by the model's names, by those that the part has."""
+    names = {id(value): name for name, value in part.named_parameters()}
+    return {names[id(p)]: values[name] for name, p in model.named_parameters() if id(p) in names and name in values}

@@ -5,6 +5,7 @@ matplotlib is imported when a picture is drawn: it comes with ``pip install 'gps
 
 from gpseq.plots.attention import plot_attention_weights, plot_inducing, plot_kernel_sum
 from gpseq.plots.classification import plot_decision, plot_reliability, plot_risk_coverage
+from gpseq.plots.depth import plot_depth_spread
 from gpseq.plots.deviations import plot_deviations
 from gpseq.plots.streams import plot_band, plot_borders, plot_data, plot_exact, plot_posterior, plot_stream
 from gpseq.plots.style import (
@@ -39,6 +40,7 @@ __all__ = [
     "plot_borders",
     "plot_data",
     "plot_decision",
+    "plot_depth_spread",
     "plot_deviations",
     "plot_exact",
     "plot_inducing",
