@@ -23,6 +23,7 @@ CASES += ("space_time", "fleet", "digits", "fantasies", "drift", "attention")
 CASES += ("fashion", "intents", "agreement", "sentiment")
 CASES += ("moments", "minilm")
 CASES += ("quality_images", "quality_texts", "quality_vit", "quality_minilm")
+CASES += ("director_images", "director_texts", "director_minilm")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -19,7 +19,15 @@ LEFT = PADDING.flip(1)
 FUTURE = torch.ones(LENGTH, LENGTH).triu(1).bool()
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": HEADS, "intermediate_size": 12}
 TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "num_labels": CLASSES, **SIZES}
-GPT = {"vocab_size": 20, "n_positions": 16, "n_embd": WIDTH, "n_layer": 3, "n_head": HEADS, "num_labels": CLASSES, "n_inner": 12}
+GPT = {
+    "vocab_size": 20,
+    "n_positions": 16,
+    "n_embd": WIDTH,
+    "n_layer": 3,
+    "n_head": HEADS,
+    "num_labels": CLASSES,
+    "n_inner": 12,
+}
 GPT |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 IMAGE = {"image_size": 8, "patch_size": 4, "num_labels": CLASSES, "hidden_dropout_prob": 0.1, **SIZES}
 
@@ -167,7 +175,10 @@ def _hugging_face(kind, dtype, attention="sdpa", padding=None, causal=False):
         inputs = {"input_ids": ids if padding is None else ids.masked_fill(padding, 0)}
         inputs |= {} if padding is None else {"attention_mask": (~padding).long()}
     if kind.startswith("gpt2"):
-        activation = lambda x: nn.functional.gelu(x, approximate="tanh")
+
+        def activation(x):
+            return nn.functional.gelu(x, approximate="tanh")
+
     return Host(model, inputs, hidden_keys(padding, causal), activation)
 
 

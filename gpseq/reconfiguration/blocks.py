@@ -176,10 +176,15 @@ def masks_by_name(block: nn.Module, call: Call) -> Masks:
         call: with what.
 
     Raises:
-        NotImplementedError: it has a mask of another name.
+        NotImplementedError: it has a mask of another name, or a second sequence that it attends to.
         ValueError: a mask has a shape that none of them gives.
     """
     named = call.named(block)
+    if other := sorted(set(named) & {"memory", "encoder_hidden_states"}):
+        raise NotImplementedError(
+            f"teacher: expected blocks that see their own tokens only at {_class_of(block).__name__}, got {other[0]}, "
+            "which a kernel would not see; keep such blocks with first_block, or give another stack."
+        )
     if unknown := sorted(name for name in named if name.endswith("mask") and name not in MASKS):
         raise NotImplementedError(
             f"teacher: expected masks of the names {', '.join(MASKS)} at {_class_of(block).__name__}, got "

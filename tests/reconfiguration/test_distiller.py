@@ -174,7 +174,7 @@ def test_mixes_and_schedules():
         found = made.losses(x, step=step)["layers"]
         torch.testing.assert_close(found, (1 - want) * parts["rollout"] + want * parts["teacher"])
     assert steps == [0, 5, 20]
-    with pytest.raises(ValueError, match="forcing: expected a function with values from 0 to 1, got 2.0"):
+    with pytest.raises(ValueError, match=r"forcing: expected a function with values from 0 to 1, got 2.0"):
         Distiller(model, kernel, forcing=lambda step: 2.0, **options).loss(x)
 
 
@@ -289,7 +289,10 @@ def test_the_published_recipe():
     want = 0.8 * torch.stack(errors).mean() + 0.2 * ce
     assert made.options.weights == {"path": 1.0, "mean": 0.8, "spread": 0.0, "task": 0.2}
     torch.testing.assert_close(made.loss(x, y), want)
-    source = lambda step, v: (step(v), torch.full_like(v, 0.25))
+
+    def source(step, v):
+        return (step(v), torch.full_like(v, 0.25))
+
     gp = Distiller(model, Linear(variance=1e-30), spread=source, preset="director", floor=0.0)
     errors = [(gp.rollout.kernel(a) - b).square().mean() for a, b in zip(path.states, path.states[1:], strict=False)]
     ce = nn.functional.cross_entropy(gp.student(x), y)
@@ -315,7 +318,10 @@ def test_random_steps():
 
 def test_merged_steps_have_the_last_mean_and_the_sum_of_variances():
     model, x = teacher(depth=4), inputs()
-    source = lambda step, v: (step(v), torch.full_like(v, float(step.number)))
+
+    def source(step, v):
+        return (step(v), torch.full_like(v, float(step.number)))
+
     made = Distiller(model, Known(), spread=source, floor=0.0, task_loss=None, steps="random", forcing="teacher")
     made._times = lambda: (0.0, 0.5, 1.0)
     path = capture(model, x)
@@ -454,7 +460,7 @@ def test_a_start_from_the_replaced_blocks():
         gate.fill_(7.0)
     made.calibrate(x)  # measured again, but nothing starts again
     assert made.rollout.kernel.blocks[0].code[1].bias.chunk(6)[2].eq(7).all()
-    with pytest.raises(ValueError, match="init: expected blocks whose matrices are known and fit .* for 'mean'"):
+    with pytest.raises(ValueError, match=r"init: expected blocks whose matrices are known and fit .* for 'mean'"):
         Distiller(Sequence(), points="block", init="mean")
     with pytest.raises(ValueError, match="init: expected 'auto' beside a kernel"):
         Distiller(model, kernel=Linear(), init="mean")
@@ -553,7 +559,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path, options):
     def run(epochs, checkpoint=None, made=None):
         torch.manual_seed(1)
         order = seeded(2)
-        loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), 6, shuffle=True, generator=order)
+        loader = DataLoader(
+            TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), 6, shuffle=True, generator=order
+        )
         chosen = {**options, **({"generator": seeded(3)} if "generator" in options else {})}
         made = made or Distiller(model, **chosen)
         optimizer = torch.optim.AdamW([p for p in made.student.parameters() if p.requires_grad], lr=1e-2)
@@ -629,7 +637,10 @@ def test_schedules_see_the_step_in_validation():
 def test_bad_arguments_of_fit():
     made, loader = Distiller(teacher(torch.float32)), batches(2)
     cases = [
-        ({"validation": loader, "validate": lambda s: 0.0}, "validation: expected either batches or validate, got both"),
+        (
+            {"validation": loader, "validate": lambda s: 0.0},
+            "validation: expected either batches or validate, got both",
+        ),
         ({"patience": 1}, "patience: got 1 without validate"),
         ({"epochs": -1}, "epochs: got -1"),
         ({"loader": iter(loader), "optimizer": 1}, "loader: got an iterator"),
@@ -667,7 +678,11 @@ def test_bad_arguments_of_fit():
         ({"preset": "other"}, ValueError, "preset: expected one of None, director, got 'other'"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
         ({"floor": -0.1}, ValueError, "floor: expected a number that is not negative, got -0.1"),
-        ({"kernel": nn.Linear(2, 2)}, TypeError, r"kernel: expected a module with conditional\(x, t, mask\), got Linear"),
+        (
+            {"kernel": nn.Linear(2, 2)},
+            TypeError,
+            r"kernel: expected a module with conditional\(x, t, mask\), got Linear",
+        ),
         ({"kernel": Linear(), "depth": 2}, TypeError, "kernel_options: expected none beside a kernel, got depth"),
         ({"odd": 2}, TypeError, "odd"),
         ({"first_block": 3}, ValueError, "first_block: expected fewer than the 3 blocks"),
@@ -719,7 +734,9 @@ def test_outputs_without_logits():
             return {"other": super().forward(x)}
 
     model, x = moved(Odd(norm_first=True)), inputs()
-    with pytest.raises(TypeError, match="task_loss: expected a teacher that returns logits, got dict; take task_loss=None"):
+    with pytest.raises(
+        TypeError, match="task_loss: expected a teacher that returns logits, got dict; take task_loss=None"
+    ):
         Distiller(model).loss(x)
     assert Distiller(model, task_loss=None).loss(x).isfinite()
 

@@ -79,7 +79,10 @@ def test_by_hand():
     code = made.time(torch.tensor(code, dtype=x.dtype))
     block, size = made.blocks[0], 2.0  # of the third step
     b1, a1, g1, b2, a2, g2 = block.code(code).chunk(6)
-    norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+    def norm(v):
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
     n = norm(x) * (1 + a1) + b1
     z = x + size * g1 * block.attention(n, n, n)[0]
     z = z + size * g2 * block.down(nn.functional.gelu(block.up(norm(z) * (1 + a2) + b2)))
@@ -128,8 +131,14 @@ def test_sizes_of_increments_lie_on_lines():
 
 @pytest.mark.parametrize(
     "sizes",
-    [torch.ones(3), torch.ones(4, 1), torch.tensor([1.0, 0, 1, 1]), torch.tensor([1, 1, 1, math.nan])]
-    + [torch.tensor([1, 1, 1, math.inf]), -torch.ones(4)],
+    [
+        torch.ones(3),
+        torch.ones(4, 1),
+        torch.tensor([1.0, 0, 1, 1]),
+        torch.tensor([1, 1, 1, math.nan]),
+        torch.tensor([1, 1, 1, math.inf]),
+        -torch.ones(4),
+    ],
     ids=["few", "shape", "zero", "nan", "infinite", "negative"],
 )
 def test_sizes_that_are_none(sizes):

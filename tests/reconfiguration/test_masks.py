@@ -92,7 +92,7 @@ def test_masks_that_users_give():
     assert Masks.of(floats(FUTURE), 5).pairs is not None
     with pytest.raises(ValueError, match=r"mask: expected \(B, T\), \(T, T\) or \(B, H, T, T\), got shape \(3,\)"):
         Masks.of(torch.zeros(3).bool())
-    with pytest.raises(TypeError, match="mask: expected a tensor of bools or floating-point numbers, got torch.int64"):
+    with pytest.raises(TypeError, match=r"mask: expected a tensor of bools or floating-point numbers, got torch.int64"):
         Masks.of(torch.ones(2, 3).long())
     with pytest.raises(TypeError, match="got list"):
         Masks.of([[True]])
@@ -125,8 +125,8 @@ def test_what_hides():
 def test_masks_of_hosts_as_keys():
     rows = (~PADDING)[:, None, None, :]
     for mask in (rows, floats(~rows)):
-        for given in (mask, mask.expand(-1, -1, 5, -1)):
-            pairs, keys = additive_to_keys(given, seen=True)
+        for value in (mask, mask.expand(-1, -1, 5, -1)):
+            pairs, keys = additive_to_keys(value, seen=True)
             assert pairs is None and keys.equal(PADDING)
     pairs, keys = additive_to_keys(rows & ~FUTURE, seen=True)
     assert keys is None and pairs.equal(PADDING[:, None, None, :] | FUTURE)
@@ -163,7 +163,7 @@ def test_masks_by_their_names():
     assert by_name(key_padding_mask=floats(PADDING)).keys.equal(PADDING)
     assert by_name(attention_mask=(~PADDING).long()).keys.equal(PADDING)
     assert by_name(is_causal=True).causal and not by_name().causal
-    with pytest.raises(NotImplementedError, match="expected masks of the names .* at Block, got memory_mask"):
+    with pytest.raises(NotImplementedError, match=r"expected masks of the names .* at Block, got memory_mask"):
         by_name(memory_mask=FUTURE)
     with pytest.raises(ValueError, match=r"attention_mask: expected \(B, 1, T, T\) in a block, got shape \(2, 3, 4\)"):
         by_name(attention_mask=torch.zeros(2, 3, 4))

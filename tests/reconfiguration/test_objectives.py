@@ -64,7 +64,9 @@ def test_losses_of_a_transition():
     assert transition_loss("nll", state, target, found).equal(negative_log_density(state, *found))
     error, spread = (target[0] - found[0]).square(), (target[1].sqrt() - found[1].sqrt()).square()
     torch.testing.assert_close(transition_loss("mse", state, target, found, 2.0), error / 4)
-    torch.testing.assert_close(transition_loss("mse", state, target, found, 2.0, 0.3, 0.7), 0.3 * error / 4 + 0.7 * spread / 4)
+    torch.testing.assert_close(
+        transition_loss("mse", state, target, found, 2.0, 0.3, 0.7), 0.3 * error / 4 + 0.7 * spread / 4
+    )
     with pytest.raises(ValueError, match="path_loss: expected one of kl, nll, mse, reverse_kl, got 'other'"):
         transition_loss("other", state, target, found)
     assert set(PATH_LOSSES) == {"kl", "nll", "mse", "reverse_kl"}

@@ -324,3 +324,9 @@ def test_a_future_mask_reaches_the_path():
     path = capture(host.model, host.inputs)
     assert path.masks.causal or path.masks.pairs is not None
     assert FUTURE.equal(path.masks.pairs == -torch.inf if path.masks.pairs.is_floating_point() else path.masks.pairs)
+
+
+def test_a_second_sequence_is_refused():
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    with pytest.raises(NotImplementedError, match=r"teacher: expected blocks that see their own tokens only .*memory"):
+        capture(decoder, torch.randn(2, 3, 8), "block", memory=torch.randn(2, 4, 8))

@@ -88,7 +88,7 @@ def test_dropout_is_on_for_a_while(name, points):
     with torch.no_grad():
         path = capture(host.model, host.inputs, points)
         for step, x in zip(transitions(path), path.states[:-1], strict=True):
-            mean, variance = MonteCarlo(16)(step, x)
+            _mean, variance = MonteCarlo(16)(step, x)
             seen = slice(None) if path.padding is None else ~path.padding
             assert (variance[seen].sum(-1) > 0).all()  # nothing is fused away
             assert MonteCarlo(2, dropout=False)(step, x)[1].eq(0).all()
@@ -255,7 +255,10 @@ def test_a_zero_spread_with_a_divergence(loss):
     model, x = moved(Classifier()), torch.randn(BATCH, LENGTH, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"floor: expected a positive number.*path_loss='{loss}'"):
         Distiller(model, path_loss=loss, floor=0.0)
-    certain = lambda step, v: (step(v), torch.zeros_like(v))
+
+    def certain(step, v):
+        return (step(v), torch.zeros_like(v))
+
     made = Distiller(model, path_loss=loss, spread=certain, floor=0.0)
     with pytest.raises(ValueError, match=f"spread: expected variances that are positive with path_loss='{loss}'"):
         made.loss(x)

@@ -37,13 +37,15 @@ def test_first_block():
         find_stack(Classifier(), first_block=3)
     with pytest.raises(ValueError, match="first_block: expected at least 0, got -1"):
         find_stack(Classifier(), first_block=-1)
-    with pytest.raises(TypeError, match="first_block: expected an integer, got 1.0"):
+    with pytest.raises(TypeError, match=r"first_block: expected an integer, got 1.0"):
         find_stack(Classifier(), first_block=1.0)
 
 
 def test_a_teacher_without_blocks_lists_candidates():
     model = nn.Sequential(nn.Linear(3, 4), nn.ModuleList([nn.GRU(4, 4), nn.GRU(4, 4)]))
-    with pytest.raises(ValueError, match=r"of a known kind \(timm, .*the model itself \(Linear, ModuleList\); 1 \(GRU\)"):
+    with pytest.raises(
+        ValueError, match=r"of a known kind \(timm, .*the model itself \(Linear, ModuleList\); 1 \(GRU\)"
+    ):
         find_stack(model)
     with pytest.raises(ValueError, match="got no such container"):
         find_stack(nn.Linear(3, 4))
@@ -125,5 +127,5 @@ def test_another_kind_of_block():
     finally:
         blocks_of._KINDS.clear()
         blocks_of._KINDS.update(kinds)
-    with pytest.raises(LookupError, match="name: expected a kind of block that is registered, of .*, got 'leaf'"):
+    with pytest.raises(LookupError, match=r"name: expected a kind of block that is registered, of .*, got 'leaf'"):
         leaf.__reduce__()[0]("leaf")

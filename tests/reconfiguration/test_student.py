@@ -57,7 +57,7 @@ def test_the_teachers_own_transitions_give_its_logits(name, points):
                         rollout.finish.eval()
                     found = host.logits(student)
                     seen = slice(None)
-                    if found.dim() == 3 and "padded" in name or "left" in name:
+                    if (found.dim() == 3 and "padded" in name) or "left" in name:
                         seen = ~path.padding
                     torch.testing.assert_close(found[seen], want[seen], rtol=0, atol=1e-12)
     finally:
@@ -197,7 +197,7 @@ def test_what_blocks_cannot_take_is_refused():
     x = torch.randn(BATCH, LENGTH, WIDTH)
     with pytest.raises(NotImplementedError, match="encoder_hidden_states: expected none"):
         rollout(x, None, x)
-    with pytest.raises(TypeError, match="unexpected|got an"):
+    with pytest.raises(TypeError, match=r"unexpected|got an"):
         find_rollout(students(HOSTS["torch pre"](torch.float32)))(x, odd=1)
 
 
@@ -238,7 +238,7 @@ def test_students_can_be_saved_whole(name):
     file.seek(0)
     for other in (
         torch.load(file, weights_only=False),
-        pickle.loads(pickle.dumps(student)),  # noqa: S301
+        pickle.loads(pickle.dumps(student)),
         copy.deepcopy(student),
     ):
         assert host.logits(other).equal(want)
@@ -345,7 +345,7 @@ def test_a_kernel_that_does_not_know_the_length_of_steps():
     host = HOSTS["torch pre"](torch.float64)
     student = Distiller(host.model, kernel=Linear()).student
     assert host.logits(with_steps(student, 3, force=True)).equal(host.logits(student))
-    with pytest.raises(ValueError, match="num_steps: expected 3, as Linear.conditional takes no dt"):
+    with pytest.raises(ValueError, match=r"num_steps: expected 3, as Linear.conditional takes no dt"):
         with_steps(student, 2, force=True)
-    with pytest.raises(ValueError, match="steps: expected 'fixed', as Linear.conditional takes no dt"):
+    with pytest.raises(ValueError, match=r"steps: expected 'fixed', as Linear.conditional takes no dt"):
         Distiller(host.model, kernel=Linear(), steps="random")
