@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpseq.reconfiguration import Masks, Path, transitions
+from gpseq.reconfiguration import Masks, Path, find_stack, transitions
 from gpseq.reconfiguration.blocks import find_kind
+from gpseq.reconfiguration.student import make_student
 
 WIDTH, HEADS, LENGTH, BATCH, CLASSES = 8, 2, 5, 3, 4
 PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
@@ -318,3 +319,8 @@ class Seen(nn.Module):
     def conditional(self, x, t, mask=None):
         self.masks.append(mask)
         return self.scale.to(x) * x, torch.full_like(x, 0.01)
+
+
+def linear_student(model, points="block", variance=0.1):
+    """A student whose every step is one linear map with constant noise."""
+    return make_student(model, find_stack(model, points), Linear(variance=variance))[0]

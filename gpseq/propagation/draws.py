@@ -108,9 +108,8 @@ class PartedDraws(Draws):
         return drawn if after is None else drawn @ after.mT
 
     def some(self, start: int, stop: int) -> Tensor:
-        rows, columns = (torch.arange(size, device=self.core.device) for size in self.core.shape)
-        draws = torch.arange(start, stop, device=self.core.device)
-        drawn = self.core * (self._draw_of(rows.unsqueeze(-1), columns) == draws.view(-1, 1, 1))
+        draws = torch.arange(start, stop, device=self.core.device, dtype=self._labels.dtype)
+        drawn = self.core * (self._labels == draws.view(-1, 1, 1))
         drawn = drawn if self.inputs is None else drawn @ self.inputs.mT
         drawn = drawn if self.outputs is None else self.outputs @ drawn
         return drawn.mT if self.turned else drawn
@@ -131,6 +130,12 @@ class PartedDraws(Draws):
     def _transposed(self) -> PartedDraws:
         # One object for all parts of a batch: what it computes once it keeps, too.
         return replace(self, turned=not self.turned)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        """Of all entries of the core, p."""
+        rows, columns = (torch.arange(size, device=self.core.device) for size in self.core.shape)
+        return self._draw_of(rows.unsqueeze(-1), columns).to(torch.int16 if self.number < 2**15 else torch.int64)
 
     def _draw_of(self, rows: Tensor, columns: Tensor) -> Tensor:
         """p, which draw an entry of the core belongs to."""

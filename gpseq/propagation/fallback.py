@@ -188,7 +188,7 @@ def _low_rank(call: _Call, mean: Tensor) -> LowRank:
     known = {name: walk.draws(value) for name, value in call.parameters.items()}
     drawn = {name: draws for name, (draws, _) in known.items()}
     exact = {name: columns for name, (_, columns) in known.items() if columns is not None}
-    tangents = Tangents(drawn, exact, num_exact, call.parameters)
+    tangents = Tangents(drawn, exact, num_exact, call.parameters, walk.num_draws)
     covariances = [state.covariance for state in call.states]
     assert all(isinstance(found, LowRank) for found in covariances)
     states = [found for found in covariances if isinstance(found, LowRank)]

@@ -22,14 +22,15 @@ from gpseq.logits import network_output
 from gpseq.prediction_checks import check_generator
 from gpseq.predictive import Predictive
 from gpseq.propagation.call import CHOICES, Call, check_model
+from gpseq.propagation.differences import Prefix, step_size
 from gpseq.propagation.draws import Draws
 from gpseq.propagation.posteriors import BoundPosterior, WeightPosterior, bind
 from gpseq.propagation.quadratic import covariance
 from gpseq.propagation.sizes import free_bytes, largest_state
-from gpseq.propagation.switches import forward_mode
+from gpseq.propagation.switches import as_found, forward_mode
 
 #: How the covariance of the outputs is found.
-METHODS = ("sampled", "exact")
+METHODS = ("sampled", "differences", "exact")
 #: Tangents that are pushed through a network together, at the most: more are no faster, and take memory.
 _TOGETHER = 64
 
@@ -66,8 +67,9 @@ def linearised(
             with the same generator.
         chunk_size: elements of the batch at a time; ``None`` finds out from the memory.
         generator: of the draws; ``None`` is torch's default generator.
-        method: ``"sampled"``, for which a tangent takes as long as some four forward passes, or ``"exact"``, a backward
-            pass for each element and output.
+        method: ``"sampled"``, for which a tangent takes as long as some four forward passes; ``"differences"``, the
+            same by quotients of small differences, for which it takes one, and what comes before the first uncertain
+            weight is computed once; or ``"exact"``, a backward pass for each element and output.
         noise: noise variances of observations, for regression.
         batch_dim: batch dimension of x and of outputs ``(T, B, K)``; the prediction has the batch first in any case.
         inputs: further arguments of the model, such as masks; ``positions`` and ``outputs``, integers ``(P,)``, choose
@@ -78,7 +80,7 @@ def linearised(
 
     Raises:
         NotImplementedError: the model has no forward-mode derivatives, such as some implementations of attention.
-        RuntimeError: the memory is too small for the exact Jacobian.
+        RuntimeError: the memory is too small for the exact Jacobian, or a network that draws meets ``"differences"``.
         TypeError: as for :func:`propagate`.
         ValueError: a posterior that does not fit the model, a model in train mode, inputs that are not finite, or an
             unknown method.
@@ -100,12 +102,16 @@ def linearised(
     call = Call.of(x, inputs, batch_dim)
     model, bound = bind(posterior, model)
     check_model(model, call)
-    with forward_mode(model):
-        network = Network(model, bound, batch_dim)
-        if method == "exact":
-            mean, operator = _exact(network, call)
-        else:
-            mean, operator = _sampled(network, call, num_tangents, chunk_size, generator)
+    network = Network(model, bound, batch_dim)
+    if method == "differences":
+        with as_found(model):
+            mean, operator = _differences(network, call, num_tangents, chunk_size, generator)
+    else:
+        with forward_mode(model):
+            if method == "exact":
+                mean, operator = _exact(network, call)
+            else:
+                mean, operator = _sampled(network, call, num_tangents, chunk_size, generator)
     event_dim = event_dims(mean)
     found = Predictive.from_moments(mean, operator, noise=noise, event_dim=event_dim)
     return found.noted(covariance="linearised")
@@ -270,12 +276,32 @@ class Tangents:
         exact: columns that are no draws, which stand before them.
         num_exact: how many.
         parameters: by names, which give shapes.
+        num_drawn: how many draws there are.
     """
 
     drawn: Mapping[str, Draws]
     exact: Mapping[str, Tensor]
     num_exact: int
     parameters: Mapping[str, Tensor]
+    num_drawn: int
+
+    @classmethod
+    def of(cls, network: Network, call: Call, number: int, generator: torch.Generator | None) -> Tangents:
+        """Draws of a network's uncertain weights.
+
+        Args:
+            network: the model.
+            call: its arguments, whose dtype and device are taken where no weight is uncertain.
+            number: of draws.
+            generator: of the draws.
+        """
+        bound, means = network.bound, network.means
+        like = next(iter(bound.parameters.values())) if bound.parameters else call.first
+        drawn, exact = bound.draw(number, generator, like)
+        return cls(drawn, exact, bound.posterior.num_columns, means, number)
+
+    def __len__(self) -> int:
+        return self.num_exact + self.num_drawn
 
     def rows(self, start: int, stop: int) -> Weights:
         """Those from one number to another, ``(stop - start, *shape)`` each.
@@ -303,12 +329,9 @@ class Tangents:
 def _sampled(
     network: Network, call: Call, num_tangents: int, chunk_size: int | None, generator: torch.Generator | None
 ) -> tuple[Tensor, RootLinearOperator]:
-    bound = network.bound
     means = network.means
-    like = next(iter(bound.parameters.values())) if bound.parameters else call.first
-    drawn, exact = bound.draw(num_tangents, generator, like)
-    total = num_tangents + bound.posterior.num_columns
-    tangents = Tangents(drawn, exact, bound.posterior.num_columns, means)
+    tangents = Tangents.of(network, call, num_tangents, generator)
+    total = len(tangents)
     batch, together = _chunks(network.model, call, sum(mean.numel() for mean in means.values()), total, chunk_size)
     parts = list(call.chunks(batch))
     functions = [network.at(part) for part in parts]
@@ -323,6 +346,40 @@ def _sampled(
             found.append(push_forward(function, means, rows).flatten(2))
     root = torch.cat([torch.cat(found) for found in columns], 1)  # (K, B, E)
     return mean, RootLinearOperator(root.permute(1, 2, 0))
+
+
+def _differences(
+    network: Network, call: Call, num_tangents: int, chunk_size: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, RootLinearOperator]:
+    """The same by difference quotients, one pass for each."""
+    means = network.means
+    tangents = Tangents.of(network, call, num_tangents, generator)
+    batch, _ = _chunks(network.model, call, sum(mean.numel() for mean in means.values()), 1, chunk_size)
+    parts = [(network.at(part), Prefix(network.model, means)) for part in call.chunks(batch)]
+    states = _random_states(call.first.device)
+    outputs = [prefix(function, means) for function, prefix in parts]
+    if not all(map(torch.equal, states, _random_states(call.first.device))):
+        raise RuntimeError(
+            "method: expected a network that answers alike each time for 'differences', got one that draws; take "
+            "'sampled'."
+        )
+    mean = torch.cat(outputs)
+    if not means:
+        return mean, RootLinearOperator(mean.new_zeros(len(mean), mean[0].numel(), 1))
+    columns = []
+    for number in range(len(tangents)):
+        row = {name: value[0] for name, value in tangents.rows(number, number + 1).items()}
+        step = step_size(means, row)
+        moved = {name: means[name] + step * value for name, value in row.items()}
+        after = [prefix(function, moved) for function, prefix in parts]
+        columns.append(torch.cat([b - a for a, b in zip(outputs, after, strict=True)]).flatten(1) / step)
+    return mean, RootLinearOperator(torch.stack(columns, -1))
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of torch's default generators: who draws from them changes them."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def _chunks(model: nn.Module, call: Call, size: int, total: int, chunk_size: int | None) -> tuple[int, int]:

@@ -424,7 +424,8 @@ class Distiller:
         every = tuple(place / number for place in range(number + 1))
         if self.options.steps == "fixed" or number == 1 or self._validates:
             return every
-        drawn = torch.rand(number, generator=self.generator).tolist()  # on the CPU, whatever the model is on
+        place_of_draws = "cpu" if self.generator is None else self.generator.device  # whatever the model is on
+        drawn = torch.rand(number, generator=self.generator, device=place_of_draws).tolist()
         if drawn[0] < 0.5:
             return every
         inner = [place for place, value in zip(every[1:-1], drawn[1:], strict=True) if value < drawn[0] * 2 - 1]

@@ -353,7 +353,7 @@ def test_control_flow_on_numbers_is_no_obstacle():
 def test_bad_arguments():
     network, x = small(), torch.randn(2, 3)
     weights = posterior(network, 0.1)
-    with pytest.raises(ValueError, match="method: expected one of sampled, exact, got 'both'"):
+    with pytest.raises(ValueError, match="method: expected one of sampled, differences, exact, got 'both'"):
         linearised(network, weights, x, method="both")
     with pytest.raises(ValueError, match="num_tangents"):
         linearised(network, weights, x, 0)

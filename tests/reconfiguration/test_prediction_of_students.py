@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gpseq import predict
-from gpseq.reconfiguration import Distiller, find_stack, recording_steps
-from gpseq.reconfiguration.student import make_student
+from gpseq import prediction
+from gpseq.prediction import predict
+from gpseq.reconfiguration import Distiller
 from tests.oracles_reconfiguration import (
     BATCH,
     CLASSES,
@@ -15,7 +15,7 @@ from tests.oracles_reconfiguration import (
     PADDING,
     WIDTH,
     Classifier,
-    Linear,
+    linear_student,
     moved,
 )
 
@@ -27,10 +27,6 @@ def student_of(host, **options):
         for parameter in made.rollout.kernel.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return made.student
-
-
-def linear_student(model, points="block", variance=0.1):
-    return make_student(model, find_stack(model, points), Linear(variance=variance))[0]
 
 
 def inputs(batch=BATCH):
@@ -233,13 +229,14 @@ def test_random_states_and_modes_are_left_alone():
     assert rollout._copies == 0 and rollout._draws is None and rollout._record is None
 
 
-def test_only_spreads_are_kept():
+def test_only_spreads_are_kept(monkeypatch):
     """States of all draws would take more memory than the prediction."""
     host = HOSTS["torch pre"](torch.float64)
-    student = student_of(host)
-    with recording_steps(student) as outer:
-        predict(student, host.inputs, num_samples=2)
-    assert outer == []  # the prediction's own record, and not this one
+    kept = []
+    monkeypatch.setattr(prediction, "_spreads", lambda record, *_: kept.append(record))
+    assert predict(student_of(host), host.inputs, num_samples=2).scores == {}
+    assert [len(record.spreads) for record in kept] == [3]
+    assert kept[0].states == kept[0].means == kept[0].variances == []
 
 
 @pytest.mark.parametrize("name", ["gpt2 left", "gpt2 eager left"])
