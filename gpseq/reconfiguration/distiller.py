@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gpseq import training
-from gpseq.checks import check_number
 from gpseq.nn.capture import evaluating
 from gpseq.nn.generator import undisturbed, use_generator
-from gpseq.reconfiguration.batches import batch_parts, logits_of
+from gpseq.reconfiguration.batches import batch_parts
 from gpseq.reconfiguration.blocks import find_kind
 from gpseq.reconfiguration.defaults import make_kernel
 from gpseq.reconfiguration.kernel import TransitionKernel
-from gpseq.reconfiguration.objectives import PATH_LOSSES, distillation, mean_over_seen, transition_loss
+from gpseq.reconfiguration.objectives import mean_over_seen, transition_loss
+from gpseq.reconfiguration.options import FLOOR, Options
 from gpseq.reconfiguration.path import Path, capture, check_eval
 from gpseq.reconfiguration.rollout import Record, drawing, knows_length, recording_steps
 from gpseq.reconfiguration.spread import as_source, teacher_moments
 from gpseq.reconfiguration.stack import find_stack
 from gpseq.reconfiguration.student import make_student
-
-#: The floor of the teacher's spread, in parts of the root mean square of its increments.
-FLOOR = 0.05
-#: Label of what is left out of a task's loss.
-IGNORED = -100
-TASK_LOSSES = ("auto", "ce", "kd", None)
-#: Weights of the published recipe: means, spreads, labels; for teachers without and with a spread of their own.
-DIRECTOR = {"softmax": (0.8, 0.0, 0.2), "gp": (0.4, 0.2, 0.4)}
+from gpseq.reconfiguration.tasks import choose_task, loss_of_output
 
 
 class Distiller:
@@ -137,22 +128,11 @@ class Distiller:
     ) -> None:
         check_eval(teacher)
         for name, value, known in (
-            ("path_loss", path_loss, PATH_LOSSES),
-            ("steps", steps, ("fixed", "random")),
-            ("reduction", reduction, ("mean", "sum")),
             ("init", init, ("auto", "zero", "mean")),
             ("preset", preset, (None, "director")),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}.")
-        if not callable(task_loss) and task_loss not in TASK_LOSSES:
-            names = ", ".join(map(str, TASK_LOSSES))
-            raise ValueError(f"task_loss: expected one of {names} or a function, got {task_loss!r}.")
-        if not callable(forcing) and forcing not in ("rollout", "teacher"):
-            if isinstance(forcing, str) or not 0 <= check_number("forcing", forcing) <= 1:
-                raise ValueError(
-                    f"forcing: expected 'rollout', 'teacher', a number from 0 to 1 or a function, got {forcing!r}."
-                )
         if kernel is not None:
             if kernel_options:
                 raise TypeError(f"kernel_options: expected none beside a kernel, got {', '.join(kernel_options)}.")
@@ -165,28 +145,19 @@ class Distiller:
                     f"steps: expected 'fixed', as {type(kernel).__name__}.conditional takes no dt, the length of a "
                     "step, got 'random'."
                 )
-        check_number("temperature", temperature, above=0.0, expected="a positive number")
-        check_number("floor", floor, above=-1e-300, expected="a number that is not negative")
         self.source = as_source(spread)
-        chosen = _weights(weights, path_loss)
-        if preset == "director":
-            means, spreads, labels = DIRECTOR["softmax" if self.source is None else "gp"]
-            chosen = {"path": 1.0, "mean": means, "spread": spreads, "task": labels}
-            path_loss, forcing, task_loss, normalise = "mse", "teacher", "ce", False
-        self.options = _Options(
-            path_loss, forcing, task_loss, chosen, normalise, temperature, float(floor), reduction, steps
-        )
+        options = Options(path_loss, forcing, task_loss, weights or {}, normalise, temperature, floor, reduction, steps)
+        self.options = options if preset is None else options.director(self.source is not None)
         if self.source is None and self.options.needs_spread:
             raise ValueError(
                 f"floor: expected a positive number, as the teacher has no spread and path_loss={path_loss!r} divides "
                 "by it, got 0."
             )
-        if not chosen["path"] and (task_loss is None or not chosen["task"]):
-            raise ValueError(f"weights: expected a path or a task to learn from, got {chosen} with {task_loss=}.")
         self.teacher = teacher
         self.stack = find_stack(teacher, points, first_block)
         self.init, self.train_head, self.generator = init if kernel is None else "zero", train_head, generator
         self._validates = False
+        self._calibrated_at: int | None = None
         if kernel is None:
             kernel = make_kernel(self.stack, kernel_options)
         if self.init != "zero":
@@ -227,7 +198,8 @@ class Distiller:
         Raises:
             ValueError: as for :meth:`loss`.
         """
-        options, task = self.options, self._task(x, y)
+        options = self.options
+        task = choose_task(options, self.teacher, x, y)
         with torch.no_grad(), undisturbed(self.teacher):
             path = capture(self.teacher, x, self.stack)
             if not path.states[0].numel():
@@ -243,14 +215,14 @@ class Distiller:
                 )
         path = replace(path, means=means, variances=variances)
         times = self._times()
-        forced = self._forced(step)
+        forced = options.forced(step)
         output, record = None, None
         if task is not None or forced < 1:
             given = {**x, "labels": y} if task == "own" else x
             output, record = self._roll(given, path, times, task is not None)
         layers = torch.zeros((), device=path.states[0].device, dtype=path.states[0].dtype)
         spread = None
-        if options.weights["path"]:
+        if options.weight("path"):
             if forced < 1:
                 assert record is not None
                 layers = layers + (1 - forced) * self._compare(path, record, times)
@@ -260,13 +232,13 @@ class Distiller:
                 layers = layers + forced * self._compare(path, one, times)
                 spread = one.spread() if spread is None else spread
         total = layers.sum() if options.reduction == "sum" else layers.mean()
-        loss = options.weights["path"] * total
+        loss = options.weight("path") * total
         found = {"path": total.detach(), "layers": layers.detach()}
         if spread is not None:
             found["spread"] = spread.detach().mean(0)
         if task is not None:
-            value = self._judge(task, output, path, y)
-            loss = loss + options.weights["task"] * value
+            value = loss_of_output(task, output, path, y, options.temperature)
+            loss = loss + options.weight("task") * value
             found["task"] = value.detach()
         return {"loss": loss, **found}
 
@@ -375,7 +347,10 @@ class Distiller:
     @property
     def is_calibrated(self) -> bool:
         """Whether the sizes of the teacher's increments are known; the first batch tells them."""
-        return bool((self.rollout.increments > 0).all())
+        version = self.rollout.increments._version  # looked at again only where it was written to: that waits for a GPU
+        if self._calibrated_at != version:
+            self._calibrated_at = version if bool((self.rollout.increments > 0).all()) else None
+        return self._calibrated_at == version
 
     def calibrate(self, x: Any) -> Tensor:
         """Measure the sizes of the teacher's increments, which the floor and the kernel's steps are relative to.
@@ -431,15 +406,6 @@ class Distiller:
         inner = [place for place, value in zip(every[1:-1], drawn[1:], strict=True) if value < drawn[0] * 2 - 1]
         return (0.0, *inner, 1.0)
 
-    def _forced(self, step: int | None) -> float:
-        forcing = self.options.forcing
-        if callable(forcing):
-            part = float(forcing(0 if step is None else step))
-            if not 0 <= part <= 1:
-                raise ValueError(f"forcing: expected a function with values from 0 to 1, got {part}.")
-            return part
-        return {"rollout": 0.0, "teacher": 1.0}[forcing] if isinstance(forcing, str) else float(forcing)
-
     def _roll(self, x: Any, path: Path, times: tuple[float, ...], with_output: bool) -> tuple[Any, Record]:
         """The student's own path, and its output where that is asked for."""
         with ExitStack() as stack:
@@ -490,42 +456,12 @@ class Distiller:
                 (path.means[last - 1], variance),
                 (record.means[number], record.variances[number]),
                 size,
-                options.weights["mean"],
-                options.weights["spread"],
+                options.weight("mean"),
+                options.weight("spread"),
             )
             each = values.sum(-1) if options.reduction == "sum" else values.mean(-1)
             losses.append(mean_over_seen(each, path.padding))
         return torch.stack(losses)
-
-    def _task(self, x: Any, y: Tensor | None) -> str | Callable[[Tensor, Tensor], Tensor] | None:
-        """The loss of logits: ``"kd"``, ``"ce"``, ``"own"``, the host's own loss of labels, or a function."""
-        task = self.options.task_loss
-        if task is None or not self.options.weights["task"] or not isinstance(task, str):
-            return task if self.options.weights["task"] else None
-        if task == "kd" or (task == "auto" and y is None):
-            return "kd"
-        if y is None:
-            raise ValueError(
-                "y: expected labels with task_loss='ce', got none; 'kd' takes the teacher's probabilities."
-            )
-        named = isinstance(x, Mapping) and "labels" in inspect.signature(self.teacher.forward).parameters
-        return "own" if named else "ce"
-
-    def _judge(self, task: Any, output: Any, path: Path, y: Tensor | None) -> Tensor:
-        """The task's loss of the student's output."""
-        if task == "own" and isinstance(getattr(output, "loss", None), Tensor):
-            return output.loss
-        logits = logits_of(output)
-        if callable(task):
-            return task(logits, y)
-        padding = path.padding
-        if padding is not None and self.rollout.batch_dim == 1:
-            padding = padding.mT
-        of_tokens = padding is not None and logits.dim() == 3 and logits.shape[:2] == padding.shape
-        if task == "kd":
-            values = distillation(logits, logits_of(path.output), self.options.temperature)
-            return mean_over_seen(values, padding) if of_tokens else values.mean()
-        return _cross_entropy(logits, y, padding if of_tokens else None)
 
     @torch.no_grad()
     def _validated(self, batches: Iterable[Any], device: torch.device | str | None, step: int) -> float:
@@ -544,43 +480,5 @@ class Distiller:
         return total / number
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the loss is made of."""
-
-    path_loss: str
-    forcing: str | float | Callable[[int], float]
-    task_loss: str | Callable[[Tensor, Tensor], Tensor] | None
-    weights: Mapping[str, float]
-    normalise: bool
-    temperature: float
-    floor: float
-    reduction: str
-    steps: str
-
-    @property
-    def needs_spread(self) -> bool:
-        """Whether the loss divides by the teacher's spread."""
-        return self.floor == 0 and self.path_loss in ("kl", "reverse_kl")
-
-
-def _weights(given: Mapping[str, float] | None, path_loss: str) -> Mapping[str, float]:
-    known = {"path": 1.0 if path_loss == "mse" else 0.1, "task": 1.0, "mean": 1.0, "spread": 0.0}
-    unknown = sorted(set(given or {}) - set(known))
-    if unknown:
-        raise ValueError(f"weights: expected {', '.join(known)}, got {', '.join(unknown)}.")
-    for name, value in (given or {}).items():
-        known[name] = check_number(f"weights[{name!r}]", value, above=-1e-300, expected="a number that is not negative")
-    return known
-
-
 def _place(time: float, path: Path) -> int:
     return round(time * len(path))
-
-
-def _cross_entropy(logits: Tensor, labels: Any, padding: Tensor | None) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"y: expected whole numbers of shape {tuple(logits.shape[:-1])}, got {got}.")
-    labels = labels if padding is None else labels.masked_fill(padding, IGNORED)
-    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
