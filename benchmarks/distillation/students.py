@@ -27,17 +27,18 @@ from gpseq.storage import replace_file
 LEARNING = (
     "batches",
     "blocks",
+    "defaults",
     "distiller",
     "kernel",
     "masks",
     "objectives",
+    "options",
     "path",
-    "presets",
     "rollout",
     "spread",
     "stack",
     "student",
-    "transition",
+    "tasks",
 )
 
 
