@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -24,8 +24,10 @@ from gpseq.nn.generator import undisturbed, use_generator
 from gpseq.nn.projection import ProjectedAttention
 from gpseq.nn.temperature import recording, temperature
 from gpseq.predictive import Predictive
-from gpseq.reconfiguration.rollout import Record, Rollout, drawing, recording_steps
 from gpseq.variational.whitened_points import WhitenedPointsStrategy
+
+if TYPE_CHECKING:
+    from gpseq.reconfiguration.rollout import Record
 
 #: What :func:`predict` can do.
 METHODS = ("sample", "moments", "variance_temperature")
@@ -123,13 +125,14 @@ def predict(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     _check_likelihood(likelihood)
+    # Imported here, because most models need no chain and no stream.
+    from gpseq.models.ensemble import StreamingEnsemble
+    from gpseq.reconfiguration.rollout import Rollout, drawing
+
     if antithetic and not (method == "sample" and any(isinstance(part, Rollout) for part in model.modules())):
         raise ValueError("antithetic: expected it with method 'sample' of a student of a Distiller, got another model.")
     call = _Call.of(x, inputs, axis, _names("shared", shared), _names("batched", batched))
     _check_layout(model, call, batch_dim)
-    # Imported here, because most models need no stream.
-    from gpseq.models.ensemble import StreamingEnsemble
-
     with undisturbed(model), _remembering(model), _in_eval(model), use_generator(model, generator):
         if isinstance(model, StreamingEnsemble):
             members = [_from_process(call.run(member), batch_size, likelihood) for member in model.members]
@@ -327,6 +330,8 @@ def _draw(
     model: nn.Module, call: _Call, num_samples: int, batch_size: int | None, likelihood: Likelihood | None
 ) -> Predictive:
     """Draws of a network, or the posterior where the module turns out to be a Gaussian process."""
+    from gpseq.reconfiguration.rollout import recording_steps
+
     results = []
     for piece in call.pieces(batch_size):
         with recording_steps(model, states=False) as records:

@@ -27,6 +27,7 @@ from gpseq.storage import replace_file
 LEARNING = (
     "batches",
     "blocks",
+    "calls",
     "defaults",
     "distiller",
     "kernel",

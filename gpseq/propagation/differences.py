@@ -2,8 +2,8 @@ r"""Directions in the weights pushed through a network by difference quotients, 
 
 .. math:: J \delta \approx \frac{f(\bar\theta + h \delta) - f(\bar\theta)}{h}.
 
-A quotient takes a plain pass, with all of torch's fused kernels; a tangent in forward mode takes some four. Where only
-the last layers are uncertain, the pass begins there.
+A quotient takes a plain pass, with all of torch's fused kernels. Where only the last layers are uncertain, the pass
+begins there.
 """
 
 from __future__ import annotations

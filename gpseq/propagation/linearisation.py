@@ -67,9 +67,9 @@ def linearised(
             with the same generator.
         chunk_size: elements of the batch at a time; ``None`` finds out from the memory.
         generator: of the draws; ``None`` is torch's default generator.
-        method: ``"sampled"``, for which a tangent takes as long as some four forward passes; ``"differences"``, the
-            same by quotients of small differences, for which it takes one, and what comes before the first uncertain
-            weight is computed once; or ``"exact"``, a backward pass for each element and output.
+        method: ``"sampled"``, by forward-mode derivatives; ``"differences"``, the same by quotients of small
+            differences, a plain pass for each draw, where what comes before the first uncertain weight is computed
+            once; or ``"exact"``, a backward pass for each element and output.
         noise: noise variances of observations, for regression.
         batch_dim: batch dimension of x and of outputs ``(T, B, K)``; the prediction has the batch first in any case.
         inputs: further arguments of the model, such as masks; ``positions`` and ``outputs``, integers ``(P,)``, choose

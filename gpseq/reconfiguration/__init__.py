@@ -1,7 +1,8 @@
 """Reconfiguration: a pre-trained transformer distilled into one probabilistic step that is applied again and again."""
 
-from gpseq.reconfiguration.blocks import BlockKind, Call, register_block
+from gpseq.reconfiguration.blocks import BlockKind, register_block
 from gpseq.reconfiguration.calibration import calibrate_spread
+from gpseq.reconfiguration.calls import Call
 from gpseq.reconfiguration.distiller import Distiller
 from gpseq.reconfiguration.kernel import GatedBlock, TransitionKernel
 from gpseq.reconfiguration.masks import Masks

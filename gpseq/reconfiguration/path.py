@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpseq.reconfiguration.blocks import Call, find_kind, masks_by_name
+from gpseq.reconfiguration.blocks import find_kind
+from gpseq.reconfiguration.calls import Call, masks_by_name
 from gpseq.reconfiguration.masks import Masks
 from gpseq.reconfiguration.stack import Stack, find_stack
 

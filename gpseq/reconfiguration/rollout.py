@@ -17,7 +17,8 @@ from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
 from gpseq.nn.generator import Draws
-from gpseq.reconfiguration.blocks import CACHES, BlockKind, Call, find_kind, masks_by_name
+from gpseq.reconfiguration.blocks import BlockKind, find_kind
+from gpseq.reconfiguration.calls import CACHES, Call, is_causal, masks_by_name
 from gpseq.reconfiguration.masks import Masks
 from gpseq.reconfiguration.stack import Stack
 
@@ -68,10 +69,7 @@ class Record:
         Returns:
             ``(B, L)``.
         """
-        if self.padding is None:
-            return values.mean(1)
-        hidden = self.padding[: len(values)].unsqueeze(-1)
-        return torch.where(hidden, 0.0, values).sum(1) / (~hidden).sum(1).clamp(min=1)
+        return over_tokens(values, None if self.padding is None else self.padding[: len(values)])
 
     def spread(self) -> Tensor:
         """Mean deviation of each step over features and tokens that are seen, ``(B, L)``."""
@@ -115,7 +113,6 @@ class Rollout(Draws):
     Args:
         stack: the blocks that it replaces.
         kernel: with ``conditional(x, t, mask=None)``, and ``dt`` where the number of steps is to change.
-        num_steps: L.
 
     Attributes:
         num_steps: steps from the first state to the last.
@@ -125,7 +122,7 @@ class Rollout(Draws):
         spread_scale: factor of all deviations, 1 until :func:`~gpseq.reconfiguration.calibrate_spread` fits it.
     """
 
-    def __init__(self, stack: Stack, kernel: nn.Module, num_steps: int | None = None) -> None:
+    def __init__(self, stack: Stack, kernel: nn.Module) -> None:
         super().__init__()
         block = stack.blocks[0]
         kind = stack.kind or find_kind(block)
@@ -133,9 +130,9 @@ class Rollout(Draws):
         self.finish = None if stack.kind is None else Finish(stack.blocks[-1], stack.kind)
         self.kind, self.batch_dim = kind, stack.batch_dim
         self.class_of_blocks = type(block)  # whose forward names the arguments
-        self.is_causal = any(getattr(part, "is_causal", False) is True for part in block.modules())
+        self.is_causal = is_causal(block)
         self.replaced = stack.keys
-        self.num_steps = len(stack) if num_steps is None else num_steps
+        self.num_steps = len(stack)
         self.trained_steps = "fixed"
         self.register_buffer("increments", torch.zeros(len(stack)))
         self.increments: Tensor
@@ -363,18 +360,19 @@ def knows_length(kernel: Any) -> bool:
 
 
 def over_tokens(values: Tensor, padding: Tensor | None) -> Tensor:
-    """Mean over the tokens that are seen.
+    """Mean over the tokens that are seen; 0 where there is none.
 
     Args:
-        values: ``(B, T)``.
+        values: ``(B, T, ...)``.
         padding: ``(B, T)``, ``True`` for what is left out; ``None``: nothing is.
 
     Returns:
-        ``(B,)``.
+        ``(B, ...)``.
     """
     if padding is None:
-        return values.mean(-1)
-    return torch.where(padding, 0.0, values).sum(-1) / (~padding).sum(-1).clamp(min=1)
+        return values.mean(1)
+    hidden = padding.reshape(*padding.shape, *[1] * (values.dim() - 2))
+    return torch.where(hidden, 0.0, values).sum(1) / (~hidden).sum(1).clamp(min=1)
 
 
 def _expanded(padding: Tensor | None, x: Tensor) -> Tensor | None:

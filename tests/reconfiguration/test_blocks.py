@@ -6,7 +6,8 @@ from torch import nn
 
 from gpseq.nn import SGPATransformerEncoderLayer
 from gpseq.reconfiguration import capture
-from gpseq.reconfiguration.blocks import Call, find_kind
+from gpseq.reconfiguration.blocks import find_kind
+from gpseq.reconfiguration.calls import Call
 from gpseq.reconfiguration.rollout import Finish
 from tests.oracles_reconfiguration import HOSTS, LENGTH, WIDTH, Block
 

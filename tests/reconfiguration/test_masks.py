@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gpseq.reconfiguration import Call, Masks
-from gpseq.reconfiguration.blocks import masks_by_name
+from gpseq.reconfiguration.calls import masks_by_name
 from gpseq.reconfiguration.masks import additive_to_keys, ignored, only_hides
 from tests.oracles_reconfiguration import FUTURE, LEFT, PADDING
 
