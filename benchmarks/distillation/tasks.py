@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.uncertainty.networks import VisionTransformer
 from benchmarks.uncertainty.tasks import Part, Task
@@ -85,7 +85,8 @@ def reviews(smoke: bool = False) -> Task:
     """1,000 short sentences of reviews from three domains (UCI Sentiment), and MiniLM of six blocks.
 
     200 sentences validate, about 800 test; 500 queries of CLINC150, which are neither praise nor blame, are outside.
-    The last three blocks are fine-tuned with the head. A smoke test takes few sentences.
+    The last three blocks are fine-tuned with the head. A smoke test takes few sentences and a narrow BERT that nobody
+    has trained.
 
     Raises:
         ImportError: the package of the weights, or transformers, is not installed.
@@ -107,13 +108,23 @@ def reviews(smoke: bool = False) -> Task:
         test=_taken(inside, slice(second, second + sizes[2])),
         shifted={},
         ood={"queries": _taken(outside, slice(0, sizes[3]))},
-        make=sentiment.make,
+        make=_small_bert if smoke else sentiment.make,
         epochs=1 if smoke else 3,
         batch_size=20,
         learning_rate=sentiment.LEARNING_RATE,
         kinds=("softmax",),
         seeds=3,
     )
+
+
+def _small_bert(attention: bool) -> nn.Module:
+    """What a smoke test has in the place of MiniLM."""
+    from transformers import BertConfig, BertModel
+
+    from benchmarks.uncertainty.sentiment import SentenceClassifier
+
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 2}
+    return SentenceClassifier(BertModel(BertConfig(max_position_embeddings=64, **shape), add_pooling_layer=False))
 
 
 def _short(ids: Tensor, labels: Tensor | None = None) -> Part:
