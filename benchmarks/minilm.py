@@ -458,8 +458,7 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
         for name, found in nats.items()
     ]
     theirs, aims = nats["10 draws"], []
-    shown = [way for way in COLUMNS if f"{way} 8" in nats]
-    for way in shown:
+    for way in COLUMNS:
         ours, verdicts = nats[f"{way} 8"], []
         for name, what in (("joint, 2", "two outputs, jointly"), ("marginals, 10", "ten outputs, marginals")):
             met = "reached" if ours[name] < theirs[name] else "missed"
@@ -500,7 +499,6 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     figure = plots.new_figure(9.0, 3.6)
     axes = figure.subplots(1, 2, sharex=True)
     seconds, nats = result["seconds"], result["divergence"]["nats"]
-    shown = [way for way in COLUMNS if f"{way} 8" in nats]
     styles = {"lowrank": (plots.GREEN, "o-"), "differences": (plots.PINK, "D-")}
     for ax, key, title in (
         (axes[0], "joint, 2", "two outputs, jointly"),
@@ -511,7 +509,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             return [ratio(seconds, name + suffix)[0] for name in names], [nats[name][key] for name in names]
 
         lines = (
-            *((way, points([f"{way} {rank}" for rank in RANKS]), *styles[way]) for way in shown),
+            *((way, points([f"{way} {rank}" for rank in RANKS]), *styles[way]) for way in COLUMNS),
             ("draws", points(("4 draws", "10 draws")), plots.GREY, "s-"),
             ("draws, whole network", points(("4 draws", "10 draws"), ", whole network"), plots.GREY, "s:"),
             ("diag", points(("diag",)), plots.ORANGE, "^"),
@@ -519,7 +517,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         )
         for label, (x, y), colour, style in lines:
             ax.plot(x, y, style, color=colour, label=label, markersize=5)
-        for way in shown:
+        for way in COLUMNS:
             for rank, x, y in zip(RANKS, *points([f"{way} {rank}" for rank in RANKS]), strict=True):
                 ax.annotate(str(rank), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         ax.set_xscale("log", base=2)
