@@ -13,6 +13,8 @@ from gpseq.reconfiguration.stack import Stack
 
 #: Share of the replaced parameters that the kernel and the kept half of a block may have.
 BUDGET = 0.6
+#: Dropout in such a kernel; that of the published settings for images.
+DROPOUT = 0.1
 
 
 def make_kernel(stack: Stack, options: Mapping[str, Any]) -> TransitionKernel:
@@ -45,6 +47,7 @@ def make_kernel(stack: Stack, options: Mapping[str, Any]) -> TransitionKernel:
     settings.setdefault("num_steps", len(stack))
     settings.setdefault("num_heads", _heads(block, dim))
     settings.setdefault("causal", False)
+    settings.setdefault("dropout", DROPOUT)
     like = next((value for value in block.parameters() if value.is_floating_point()), None)
     if like is not None:
         settings.setdefault("dtype", like.dtype)

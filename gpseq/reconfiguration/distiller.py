@@ -48,7 +48,7 @@ class Distiller:
         teacher: any module with blocks behind one another, in eval mode.
         kernel: the step, any module with ``conditional(x, t, mask=None) -> (mean, variance)``, and ``dt`` for random
             steps; ``None`` makes a :class:`~gpseq.reconfiguration.TransitionKernel` of the blocks' width, no larger
-            with the kept half block than 60 % of what is replaced if that can be.
+            with the kept half block than 60 % of what is replaced if that can be, with a dropout of 0.1.
         points: where the chain is cut: ``"attention"``, ``"block"``, or names of blocks; see
             :func:`~gpseq.reconfiguration.find_stack`.
         first_block: how many blocks are kept.

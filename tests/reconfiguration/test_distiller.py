@@ -131,7 +131,7 @@ def test_the_mean_is_over_features_and_layers_and_the_sum_is_not():
 @pytest.mark.parametrize("loss", ["kl", "nll", "mse", "reverse_kl"])
 def test_forced_and_rollout_are_equal_for_one_step(loss):
     model, x = teacher(depth=1), inputs()
-    options = {"path_loss": loss, "task_loss": None, "weights": {"path": 1.0, "spread": 0.5}}
+    options = {"path_loss": loss, "task_loss": None, "weights": {"path": 1.0, "spread": 0.5}, "dropout": 0.0}
     made = {}
     for forcing in ("rollout", "teacher", 0.3, lambda step: 0.5):
         torch.manual_seed(0)
@@ -424,10 +424,12 @@ def test_the_kernel_that_is_made():
         assert next(kernel.parameters()).dtype == torch.float32
     wide = moved(Deep(), torch.float32)
     made = Distiller(wide, points="attention")
+    assert {part.p for part in made.rollout.kernel.modules() if isinstance(part, nn.Dropout)} == {0.1}
     kept = sum(value.numel() for value in made.rollout.parameters())
     assert kept <= 0.6 * sum(value.numel() for value in wide.parameters())
     chosen = Distiller(wide, mlp_ratio=3.0, depth=2, min_spread=0.01, dropout=0.3).rollout.kernel
     assert len(chosen.blocks) == 2 and chosen.blocks[0].up.out_features == 96 and chosen.min_spread == 0.01
+    assert chosen.blocks[0].dropout.p == 0.3
     assert Distiller(moved(Classifier(), torch.float64)).rollout.kernel.mean[0].weight.dtype == torch.float64
     with pytest.raises(ValueError, match="kernel: expected one for blocks of type Chain, whose width is not known"):
         Distiller(nn.Sequential(*(chain_block() for _ in range(2))).eval(), points="block")
