@@ -230,7 +230,7 @@ SETTINGS: dict[str, Setting] = {
         6,
         {"student": 3, "plain distillation": 1, "later blocks": 1},
         later=2,
-        epochs=5,
+        epochs=10,
         batch_size=25,
         learning_rate=1e-3,
         few=100,
