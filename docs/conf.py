@@ -34,6 +34,7 @@ nitpicky = True
 # Type variables.
 nitpick_ignore = [
     ("py:class", "gpseq.precision.Result"),
+    *(("py:class", name) for name in ("Dataset", "FrameRule")),
     *((role, name) for role in ("py:class", "py:obj") for name in ("State", "gpseq.variational.belief.State")),
 ]
 autodoc_default_options = {"members": True, "show-inheritance": True}

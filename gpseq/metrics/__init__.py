@@ -4,7 +4,8 @@ The last dimension of what is scored counts the n predictions, dimensions before
 for each of its elements. Floating-point arguments may be float32 or float64; sums are accumulated in float64, and
 results have the dtype of the argument, at least float32. :func:`rmse`, :func:`nlpd`, :func:`accuracy` and the two
 ``_nlpd`` of labels look at shapes at most, and give NaN for nothing to score and for NaN. All the others refuse empty
-input and NaN; beyond that check of their arguments nothing is read back from the device.
+input and NaN; beyond that check of their arguments nothing is read back from the device. Scores of what was generated,
+such as :func:`frechet`, compare two sets whose elements are counted by the first dimension.
 """
 
 from gpseq.metrics.calibration import (
@@ -24,6 +25,7 @@ from gpseq.metrics.continual import (
     forward_transfer,
 )
 from gpseq.metrics.detection import ood_aupr, ood_auroc, ood_fpr
+from gpseq.metrics.generation import frechet, frechet_distance, precision_recall
 from gpseq.metrics.intervals import gaussian_interval, interval_coverage, interval_width, pinball_loss
 from gpseq.metrics.labels import accuracy, bernoulli_nlpd, brier_score, categorical_nlpd, matthews_correlation
 from gpseq.metrics.regression import crps_gaussian, crps_samples, nlpd, rmse
@@ -56,6 +58,8 @@ __all__ = [
     "excess_aurc",
     "forgetting",
     "forward_transfer",
+    "frechet",
+    "frechet_distance",
     "gaussian_interval",
     "interval_coverage",
     "interval_width",
@@ -66,6 +70,7 @@ __all__ = [
     "ood_auroc",
     "ood_fpr",
     "pinball_loss",
+    "precision_recall",
     "reliability_bins",
     "risk_at_coverage",
     "risk_coverage_curve",
