@@ -14,7 +14,7 @@ from gpseq.generative.corruptions import (
 from gpseq.generative.diffusion import DiffusionTerms, VideoDiffusion
 from gpseq.generative.frames import pseudo_video
 from gpseq.generative.geco import Geco
-from gpseq.generative.gp_vae import GPPriorVAE, Output
+from gpseq.generative.gp_vae import GPPriorVAE, GPPriorVAEOutput
 from gpseq.generative.hvae import HVAE, HVAETerms
 from gpseq.generative.information import InformationReport, information_report
 from gpseq.generative.markov import MarkovPosterior, MarkovPrior
@@ -37,6 +37,7 @@ __all__ = [
     "DiffusionTerms",
     "Downsample",
     "GPPriorVAE",
+    "GPPriorVAEOutput",
     "GaussianBlur",
     "GaussianNoise",
     "GaussianObservations",
@@ -48,7 +49,6 @@ __all__ = [
     "MarkovPrior",
     "Mask",
     "NoiseSchedule",
-    "Output",
     "PseudoVideo",
     "Quantised",
     "SeparableCorruption",

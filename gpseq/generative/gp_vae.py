@@ -27,7 +27,7 @@ MIN_VARIANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Output:
+class GPPriorVAEOutput:
     r"""What :class:`GPPriorVAE` says of some series.
 
     Attributes:
@@ -155,7 +155,7 @@ class GPPriorVAE(nn.Module):
         missing: Tensor | None = None,
         num_data: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Output:
+    ) -> GPPriorVAEOutput:
         r"""The loss of some series, and what it consists of.
 
         Where :meth:`update` has been called, these data are a new task: the old posterior stands in the place of the
@@ -188,7 +188,7 @@ class GPPriorVAE(nn.Module):
             loss = self.beta * kl.sum() - recon.sum()
         else:
             loss = self.geco(kl.sum(), error, self.training)
-        return Output(loss.to(output.dtype), elbo, recon, kl, error, posterior)
+        return GPPriorVAEOutput(loss.to(output.dtype), elbo, recon, kl, error, posterior)
 
     def predict(
         self,
