@@ -173,6 +173,7 @@ def _drift(result: Mapping[str, Any], figures: Path) -> list[str]:
             values = _averaged([seed["drift"][name][kind] for seed in seeds if name in seed["drift"]])
             ax.plot(range(1, len(values) + 1), values, "o-", color=DRIFT[name], label=name, markersize=3, linewidth=1.5)
         plots.style_axes(ax, "transition", "distance / norm" if ax is axes[0] else "")
+        ax.set_xticks(range(1, depth + 1))
         ax.set_title(words, loc="left", fontsize=9)
         ax.set_ylim(bottom=0)
     axes[1].legend(frameon=False, fontsize=7)
@@ -195,6 +196,7 @@ def _depth(result: Mapping[str, Any], figures: Path) -> list[str]:
         low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
         ax.fill_between(numbers, low, high, color=color, alpha=0.15, linewidth=0)
     plots.style_axes(ax, "transition", "mean deviation s")
+    ax.set_xticks(range(1, result["blocks"] + 1))
     ax.legend(frameon=False, fontsize=8)
     plots.save_figure(figure, path)
     return [
