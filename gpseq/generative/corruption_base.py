@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,25 +151,3 @@ class Compose(Corruption):
             matrix = part.matrix(image_shape, distance, start)
             total = matrix @ total @ matrix.mT + part.covariance(image_shape, distance, start)
         return total
-
-
-def drawn(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws in the shape, dtype and place of a tensor.
-
-    They are drawn in float32 where the generator lives, or where the tensor does without one: the same for every dtype
-    and, with a generator, for every device.
-
-    Args:
-        draw: ``torch.randn`` or ``torch.rand``.
-        like: any floating tensor.
-        generator: ``None`` is torch's default.
-
-    Returns:
-        As ``like``.
-
-    Example:
-        >>> drawn(torch.randn, torch.zeros(2, 3), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3])
-    """
-    place = like.device if generator is None else generator.device
-    return draw(like.shape, generator=generator, dtype=torch.float32, device=place).to(like)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gpseq.checks import check_number
-from gpseq.generative.corruption_base import Compose, Corruption, Shape, drawn
+from gpseq.generative.corruption_base import Compose, Corruption, Shape
+from gpseq.generative.draws import drawn
 from gpseq.generative.schedules import check_length, level, ordered, schedule, whole_schedule
 
 __all__ = [

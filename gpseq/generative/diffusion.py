@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gpseq.checks import check_count, check_number
+from gpseq.generative.draws import draw_normals
 from gpseq.generative.noise_schedule import NoiseSchedule
 from gpseq.generative.unet import SpaceTimeUNet
-from gpseq.generative.video_checks import check_image_shape, check_video, draw_normals
+from gpseq.generative.video_checks import check_image_shape, check_video
 
 #: Weight of the variational term beside the squared error, which it must not disturb.
 VARIATIONAL_WEIGHT = 0.001

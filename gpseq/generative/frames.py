@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gpseq.checks import check_count, check_number
-from gpseq.generative.corruption_base import Corruption, Shape, drawn
+from gpseq.generative.corruption_base import Corruption, Shape
+from gpseq.generative.draws import drawn
 
 ORDERS = ("markov", "star", "average", "matched")
 LAYOUTS = ("tchw", "cthw")

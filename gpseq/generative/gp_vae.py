@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from gpseq.checks import check_count, check_number
 from gpseq.features.base import InducingFeatures
+from gpseq.generative.draws import draw_normals
 from gpseq.generative.geco import Geco
 from gpseq.generative.markov import MarkovPrior
 from gpseq.generative.observations import LIKELIHOODS, BernoulliObservations, GaussianObservations
 from gpseq.generative.sparse import SparsePrior
 from gpseq.predictive import Predictive
-from gpseq.sgpa.draws import standard_normal
 from gpseq.variational.belief import Belief
 
 #: Draws of latent paths behind a prediction.
@@ -173,9 +173,8 @@ class GPPriorVAE(nn.Module):
             ValueError: shapes that do not fit, values that are not finite, or a mask that leaves nothing.
         """
         posterior, seen, _, scale = self._posterior(x, y, missing, num_data)
-        latents = posterior.mean + posterior.variance.clamp_min(0).sqrt() * standard_normal(
-            posterior.mean.shape, generator, posterior.mean.dtype, posterior.mean.device
-        )
+        noise = draw_normals(posterior.mean.shape, posterior.mean, generator)
+        latents = posterior.mean + posterior.variance.clamp_min(0).sqrt() * noise
         output = self._decode(latents.mT, y)
         filled = torch.where(seen, y, output.detach() if output.shape == y.shape else 0.0)
         values = torch.where(seen, self.likelihood.log_prob(output, filled), 0.0)
@@ -318,7 +317,7 @@ class GPPriorVAE(nn.Module):
     def _takes_times(self, x: Tensor) -> bool:
         """Whether the last axis of x counts times, not columns."""
         columns = self.prior.features.num_dims if isinstance(self.prior, SparsePrior) else 1
-        return columns == 1 and (x.dim() < 2 or x.shape[-1] != 1 or not isinstance(self.prior, SparsePrior))
+        return columns == 1 and (not isinstance(self.prior, SparsePrior) or x.dim() < 2 or x.shape[-1] != 1)
 
     def _posterior(
         self, x: Tensor, y: Tensor, missing: Tensor | None, num_data: int | None
@@ -337,7 +336,7 @@ class GPPriorVAE(nn.Module):
             if bool(state.count.any()):
                 options["before"] = state
             if num_data is not None:
-                options["scale"] = scale.unsqueeze(-1).unsqueeze(-1) if isinstance(scale, Tensor) else scale
+                options["scale"] = (num_data / frames.sum(-1))[..., None, None]
             prior = self.prior.following(x)
         else:
             if num_data is not None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpseq.checks import check_count, check_number
+from gpseq.generative.draws import draw_normals
 from gpseq.generative.hvae_stage import Draw, Stage, residual_kl, residual_log_ratio
 from gpseq.generative.image_nets import ImageEncoder
-from gpseq.generative.video_checks import check_image_shape, check_images, check_video, draw_normals
+from gpseq.generative.video_checks import check_image_shape, check_images, check_video
 
 LIKELIHOODS = ("gaussian", "bernoulli")
 #: Least standard deviation of a Gaussian decoder: a constant pixel would otherwise have an unbounded density.

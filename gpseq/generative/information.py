@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from gpseq.checks import check_count, check_floating, check_number, stacklevel_outside
-from gpseq.generative.corruption_base import Corruption, Shape, drawn
+from gpseq.generative.corruption_base import Corruption, Shape
+from gpseq.generative.draws import drawn
 from gpseq.generative.frame_matrices import linear_frames
 from gpseq.generative.frames import FrameRule, as_images, check_recipe, pseudo_video
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpseq.checks import check_count, check_floating
+from gpseq.generative.draws import draw_normals
 from gpseq.generative.evidence import check_evidence
 from gpseq.generative.kalman import (
     METHODS,
@@ -162,7 +163,7 @@ class MarkovPrior(nn.Module):
             raise ValueError(f"x: expected at least one time, got shape {tuple(x.shape)}.")
         ordered, order = times.sort(-1)
         A, Q = _chain_of(self.kernel, self.lengthscale.double(), ordered)
-        normals = _normals((*sample_shape, *A.shape[:-1]), generator, A)
+        normals = draw_normals((*sample_shape, *A.shape[:-1]), A, generator)
         paths = chain_draw(prior_chain(A, Q), normals, self.method)[..., 0]
         return _take(paths, order.argsort(-1)).to(x.dtype)
 
@@ -264,7 +265,7 @@ class MarkovPosterior:
         check_generator(generator)
         found = self._with(self.times[..., :0] if x_new is None else x_new)
         shift = found.chain.shift
-        normals = _normals((*sample_shape, *shift.shape), generator, shift)
+        normals = draw_normals((*sample_shape, *shift.shape), shift, generator)
         paths = found.restore(chain_draw(found.chain, normals, self.method)[..., 0])
         return (paths if x_new is None else paths[..., self.times.shape[-1] :]).to(self.mean.dtype)
 
@@ -317,12 +318,6 @@ def _start_with(start: Tensor, rest: Tensor) -> Tensor:
 def _take(value: Tensor, order: Tensor) -> Tensor:
     """``(..., *b, L, n)`` in an order ``(*b, n)`` of its last axis."""
     return value.gather(-1, order.unsqueeze(-2).expand(value.shape))
-
-
-def _normals(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Drawn where the generator is, and moved to where they are needed."""
-    place = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, dtype=like.dtype, device=place).to(like.device)
 
 
 def _check_times(name: str, x: Tensor) -> Tensor:

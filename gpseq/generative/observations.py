@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpseq.checks import check_number
+from gpseq.generative.draws import draw_normals, drawn
 
 LIKELIHOODS = ("gaussian", "bernoulli")
 
@@ -58,8 +59,7 @@ class GaussianObservations(nn.Module):
             output: of the decoder.
             generator: of the draws.
         """
-        noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
-        return output + self.noise.sqrt() * noise
+        return output + self.noise.sqrt() * draw_normals(output.shape, output, generator)
 
 
 class BernoulliObservations(nn.Module):
@@ -97,4 +97,4 @@ class BernoulliObservations(nn.Module):
             output: logits.
             generator: of the draws.
         """
-        return torch.bernoulli(output.sigmoid(), generator=generator)
+        return (drawn(torch.rand, output, generator) < output.sigmoid()).to(output)

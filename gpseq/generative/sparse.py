@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from gpseq.checks import check_count
 from gpseq.features.base import InducingFeatures
+from gpseq.generative.draws import draw_normals
 from gpseq.generative.evidence import check_evidence
 from gpseq.linalg import covariance_root, gaussian_kl
-from gpseq.sgpa.draws import standard_normal
 from gpseq.variational import online
 from gpseq.variational.online import OnlineState
 from gpseq.variational.prior import Prior
@@ -37,8 +37,7 @@ class SparsePosterior:
         mean: at the observed times, ``(*b, L, n)``.
         variance: likewise.
         kl: of q(u) from p(u), minus what an older posterior adds to the bound, ``(*b, L)``, in nats.
-        log_evidence: the collapsed bound on the density of all pseudo-observations, ``(*b, L)``; see
-            :func:`gpseq.variational.online.log_evidence`.
+        moments: mean and lower factor of q(v), which everything else is computed from.
         state: the information that was gathered, as a value.
         prior: kernel of the paths.
     """
@@ -46,9 +45,14 @@ class SparsePosterior:
     mean: Tensor
     variance: Tensor
     kl: Tensor
-    log_evidence: Tensor
+    moments: tuple[Tensor, Tensor]
     state: OnlineState
     prior: Prior
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The collapsed bound on the density of all pseudo-observations, ``(*b, L)``, in nats."""
+        return online.log_evidence(self.state)
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Marginals at any inputs.
@@ -59,7 +63,7 @@ class SparsePosterior:
         Returns:
             Mean and variance, ``(*b, L, m)``, in the dtype of the observed ones.
         """
-        mean, variance = _marginals(self.state, self.prior, channel_inputs(x, self.state.nodes.shape[-1]))
+        mean, variance = _marginals(self.state, self.moments, self.prior, channel_inputs(x, self.state.nodes.shape[-1]))
         return mean.to(self.mean), variance.to(self.mean)
 
     def rsample(
@@ -77,7 +81,7 @@ class SparsePosterior:
         """
         x = channel_inputs(x, self.state.nodes.shape[-1])
         A = online.whiten(self.state, self.prior, x)
-        mean, scale_tril = online.posterior(self.state)
+        mean, scale_tril = self.moments
         spread = scale_tril.mT @ A
         covariance = self.prior.covariance(x, x) - A.mT @ A + spread.mT @ spread
         return _draws((A.mT @ mean.unsqueeze(-1)).squeeze(-1), covariance, sample_shape, generator).to(self.mean)
@@ -150,12 +154,11 @@ class SparsePrior(nn.Module):
             state: on the basis of these features; if the kernel has changed since, it is carried to the present one.
         """
         prior = self.kernel_prior()
-        start = self.initial_state()
-        if not torch.equal(start.hyperparameters, state.hyperparameters):
-            state = online.transfer(state, start, prior)
+        if not torch.equal(prior.hyperparameters().to(state.hyperparameters), state.hyperparameters):
+            state = online.transfer(state, self.initial_state(), prior)
         empty = state.r.new_zeros(*state.r.shape[:-1], 0)
-        kl = gaussian_kl(*online.posterior(state))
-        return SparsePosterior(empty, empty, kl, online.log_evidence(state), state, prior)
+        moments = online.posterior(state)
+        return SparsePosterior(empty, empty, gaussian_kl(*moments), moments, state, prior)
 
     def absorb(
         self,
@@ -233,24 +236,16 @@ class SparsePrior(nn.Module):
         check_evidence(x, mean, variance, missing)
         prior = self.kernel_prior()
         start = self.initial_state()
-        state, correction = start, torch.zeros((), dtype=torch.float64, device=start.G.device)
-        if before is not None:
-            state = self._carried(before, start, prior)
+        state = start if before is None else self._carried(before, start, prior)
         inputs = channel_inputs(x, self.features.num_dims)
         observed = None if missing is None else ~missing.unsqueeze(-2)
         after = online.update(state, prior, inputs, mean, variance.double() / scale, observed)
-        kl = gaussian_kl(*online.posterior(after))
+        moments = online.posterior(after)
+        kl = gaussian_kl(*moments)
         if before is not None:
-            correction = _expected_factor(state, after) - online.log_evidence(before)
-        marginals = _marginals(after, prior, inputs)
-        return SparsePosterior(
-            marginals[0].to(mean),
-            marginals[1].to(mean),
-            kl - correction,
-            online.log_evidence(after),
-            after,
-            prior,
-        )
+            kl = kl - _expected_factor(state, moments) + online.log_evidence(before)
+        m, s2 = _marginals(after, moments, prior, inputs)
+        return SparsePosterior(m.to(mean), s2.to(mean), kl, moments, after, prior)
 
     def rsample(
         self, x: Tensor, sample_shape: torch.Size | tuple[int, ...] = (), generator: torch.Generator | None = None
@@ -292,16 +287,18 @@ def channel_inputs(x: Tensor, num_dims: int) -> Tensor:
     return x.unsqueeze(-3)
 
 
-def _marginals(state: OnlineState, prior: Prior, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _marginals(
+    state: OnlineState, moments: tuple[Tensor, Tensor], prior: Prior, inputs: Tensor
+) -> tuple[Tensor, Tensor]:
     A = online.whiten(state, prior, inputs)
-    mean, scale_tril = online.posterior(state)
+    mean, scale_tril = moments
     residual = (prior.variance(inputs) - A.square().sum(-2)).clamp_min(0.0)
     return (A * mean.unsqueeze(-1)).sum(-2), residual + (scale_tril.mT @ A).square().sum(-2)
 
 
-def _expected_factor(factor: OnlineState, after: OnlineState) -> Tensor:
+def _expected_factor(factor: OnlineState, moments: tuple[Tensor, Tensor]) -> Tensor:
     """Expected log of the likelihood factor of earlier tasks, under the posterior that has seen this one too."""
-    mean, scale_tril = online.posterior(after)
+    mean, scale_tril = moments
     roots = torch.cat([scale_tril, mean.unsqueeze(-1)], -1)  # second moment of v as a sum of squares
     return factor.c + (factor.r * mean).sum(-1) - 0.5 * (roots * (factor.G @ roots)).sum((-2, -1))
 
@@ -311,4 +308,4 @@ def _draws(
 ) -> Tensor:
     root = covariance_root(covariance)
     shape = (*sample_shape, *mean.shape)
-    return mean + (root @ standard_normal(shape, generator, mean.dtype, mean.device).unsqueeze(-1)).squeeze(-1)
+    return mean + (root @ draw_normals(shape, mean, generator).unsqueeze(-1)).squeeze(-1)

@@ -1,11 +1,10 @@
-"""Checks of videos, and draws on the device of the model."""
+"""Checks of videos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpseq.checks import check_count, check_floating
@@ -67,21 +66,6 @@ def check_images(images: Any, image_shape: tuple[int, int, int]) -> Tensor:
         ValueError: another shape, no image at all, or pixels that are infinite or NaN.
     """
     return _check("images", images, image_shape)
-
-
-def draw_normals(shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent standard normal numbers.
-
-    Args:
-        shape: of the result.
-        like: gives the dtype and the device.
-        generator: where they come from, on any device; ``None`` is torch's default generator.
-
-    Returns:
-        The numbers.
-    """
-    device = like.device if generator is None else generator.device
-    return torch.randn(*shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def _check(name: str, value: Any, sizes: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpseq.generative.corruption_base import drawn
 from gpseq.generative.corruptions import (
     Compose,
     Corruption,
@@ -22,6 +21,7 @@ from gpseq.generative.corruptions import (
     block_mean_matrix,
     blur_matrix,
 )
+from gpseq.generative.draws import drawn
 from tests.oracles_generative_frames import block_means, blurred, flat_matrix
 
 SHAPES = [(2, 1, 8, 8), (3, 3, 5, 7), (1, 2, 1, 6), (2, 3, 1, 1), (0, 1, 4, 4)]
