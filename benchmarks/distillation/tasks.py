@@ -228,11 +228,11 @@ SETTINGS: dict[str, Setting] = {
         "six blocks of width 384, of which the last three are fine-tuned, 20 word pieces at most, mean pooling",
         reviews,
         6,
-        {"student": 3, "plain distillation": 1, "later blocks": 1},
+        {"student": 3, "plain distillation": 1, "no labels": 1, "later blocks": 1},
         later=2,
         epochs=10,
         batch_size=25,
         learning_rate=1e-3,
-        few=100,
+        few=16,
     ),
 }

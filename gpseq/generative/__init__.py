@@ -16,6 +16,7 @@ from gpseq.generative.frames import pseudo_video
 from gpseq.generative.geco import Geco
 from gpseq.generative.gp_vae import GPPriorVAE, GPPriorVAEOutput
 from gpseq.generative.hvae import HVAE, HVAETerms
+from gpseq.generative.image_features import ImageFeatures
 from gpseq.generative.information import InformationReport, information_report
 from gpseq.generative.markov import MarkovPosterior, MarkovPrior
 from gpseq.generative.noise_schedule import NoiseSchedule
@@ -44,6 +45,7 @@ __all__ = [
     "Geco",
     "Grayscale",
     "HVAETerms",
+    "ImageFeatures",
     "InformationReport",
     "MarkovPosterior",
     "MarkovPrior",

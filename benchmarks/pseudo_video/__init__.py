@@ -1,0 +1,1 @@
+"""Pseudo-videos: families of models, their controls, one command, and the report."""
