@@ -34,8 +34,6 @@ def test_parts_are_the_whole(size: int, tmp_path: Path) -> None:
         expected = dict(worker.learn(kind, None).state.items())
         for name, value in expected.items():
             first = found[0]["states"][kind][name]
-            # Sites stop at a tolerance, which the order of sums moves about.
-            tolerance = 1e-10 if kind not in ("sites", "binary") else 1e-7
             finite = value.double()[value.double().isfinite()]
             scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
             near = torch.isclose(first.double(), value.double(), rtol=0, atol=1e-10 * scale)
