@@ -115,6 +115,99 @@ def update(shards: ProcessShards, out: Path) -> None:
     )
 
 
+class Attention(torch.nn.Module):
+    """A transformer with processes for attention, and its loss: a mean over sequences, and the divergence once."""
+
+    def __init__(self, sampling: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = gpseq.nn.SGPATransformerEncoderLayer(
+            8, 2, dim_feedforward=16, dropout=0.0, batch_first=True, num_inducing=4, sampling=sampling
+        )
+        self.encoder = gpseq.nn.SGPATransformerEncoder(layer, 2)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Minus the bound on the log probability of a label."""
+        logits = self.head(self.encoder(x).mean(1))
+        return torch.nn.functional.cross_entropy(logits, y) + gpseq.nn.kl_divergence(self.encoder, 100) / 100
+
+
+class Sequences(torch.nn.Module):
+    """A VAE of series, and its loss for a series."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.vae = gpseq.generative.GPPriorVAE(
+            torch.nn.Linear(3, 4), torch.nn.Linear(2, 3), num_latents=2, prior="matern32"
+        )
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Mean over series."""
+        times = torch.linspace(0, 5, x.shape[1], dtype=x.dtype).expand(x.shape[:2])
+        return self.vae(times, x[..., :3]).loss / len(x)
+
+
+class Student(torch.nn.Module):
+    """A student with its teacher's path; only the student learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        encoder = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        teacher = torch.nn.Sequential(encoder, Pooled(), torch.nn.Linear(8, 3)).double().eval()
+        self.distiller = gpseq.reconfiguration.Distiller(teacher.requires_grad_(False))
+        self.distiller.calibrate(batch()[0])  # once, with the same inputs in all processes
+        self.student = self.distiller.student.train()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Of the path, and of the labels."""
+        return self.distiller.loss(x, y)
+
+
+class Pooled(torch.nn.Module):
+    """Mean over tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, T, D)`` to ``(B, D)``."""
+        return x.mean(1)
+
+
+LOSSES = {
+    "attention, mean": lambda: Attention("mean"),
+    "attention, joint": lambda: Attention("joint"),
+    "sequences": Sequences,
+    "student": Student,
+}
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight sequences."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(8, 5, 8, generator=generator, dtype=torch.float64), torch.arange(8) % 3
+
+
+def gradients(kind: str, size: int, rank: int | None) -> dict[str, torch.Tensor]:
+    """Of one loss: under DDP in a process of several, or in one process that takes the parts in turn."""
+    module = LOSSES[kind]().double().train()
+    x, y = batch()
+    parts = [rank] if rank is not None else range(size)
+    wrapped = torch.nn.parallel.DistributedDataParallel(module) if rank is not None else module
+    for part in parts:
+        torch.manual_seed(100 + part)  # each process draws for itself
+        loss = wrapped(x.tensor_split(size)[part], y.tensor_split(size)[part])
+        (loss / len(parts)).backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def training(shards: ProcessShards, out: Path) -> None:
+    """Gradients of all losses."""
+    found = {kind: gradients(kind, shards.size, shards.rank) for kind in LOSSES}
+    torch.save(found, out / f"training-{shards.rank}.pt")
+
+
 def death(shards: ProcessShards, out: Path) -> None:
     """The last process dies before its second chunk; the others say what they got, and what they know."""
     x, y = data()

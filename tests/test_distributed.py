@@ -48,6 +48,22 @@ def test_parts_are_the_whole(size: int, tmp_path: Path) -> None:
         assert torch.equal(weight, torch.full((3,), (size + 1) / 2)) and number.item() == pytest.approx(4 / size)
 
 
+def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    torchrun(2, "training", tmp_path)
+    found = [torch.load(tmp_path / f"training-{rank}.pt") for rank in range(2)]
+    for kind in worker.LOSSES:
+        # Parts in turn, each with its own draws; without draws that is the whole batch at once.
+        expected = [worker.gradients(kind, 2, None)]
+        if kind == "attention, mean":
+            expected.append(worker.gradients(kind, 1, None))
+        for one in expected:
+            assert one.keys() == found[0][kind].keys() == found[1][kind].keys()
+            for name, value in one.items():
+                scale = max(1.0, value.abs().max().item())
+                assert (found[0][kind][name] - value).abs().max() < 1e-6 * scale, (kind, name)
+                assert torch.equal(found[0][kind][name], found[1][kind][name]), (kind, name)
+
+
 def test_a_process_that_dies(tmp_path: Path) -> None:
     torchrun(3, "death", tmp_path)
     for rank in range(2):
