@@ -112,8 +112,7 @@ def check(obj: Any, *args: Any, skip: Sequence[str] = (), **options: Any) -> tup
         ValueError: ``skip`` names no check.
 
     Example:
-        >>> from gpseq.nn import SGPAttention
-        >>> check(SGPAttention(8, 2), torch.randn(3, 5, 8), batched=True, random=True)[:3]
+        >>> check(nn.Linear(4, 3), torch.randn(5, 4), batched=True, empty=True)[:3]
         ('repr', 'deepcopy', 'pickle')
     """
     found = checks(obj, *args, skip=skip, **options)
@@ -181,7 +180,11 @@ def _deepcopy(subject: Subject) -> None:
 
 
 def _pickle(subject: Subject) -> None:
-    back = pickle.loads(pickle.dumps(subject.fresh()))
+    try:
+        data = pickle.dumps(subject.fresh())
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckError(f"expected something that can be pickled, got {error}") from error
+    back = pickle.loads(data)
     _same(subject.output(subject.fresh()), subject.output(back), "what came back from a pickle answers otherwise")
 
 

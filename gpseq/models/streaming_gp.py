@@ -182,6 +182,7 @@ class StreamingGP(ApproximateGP):
         missing: str = "error",
         steps: int | None = None,
         step_size: float | None = None,
+        *,
         shards: Shards | None = None,
     ) -> StreamingGP:
         """Absorb a chunk of observations, in place and in bounded memory.
