@@ -148,7 +148,7 @@ class StreamingFleet(StreamingGP):
         step_size: float | None = None,
         streams: Tensor | Sequence[int] | None = None,
         *,
-        shards: None = None,
+        shards: Shards | None = None,
     ) -> StreamingFleet:
         """Absorb new observations of all streams, or of some, in place.
 
