@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gpseq import (
         continual,
         datasets,
+        distributed,
         features,
         generative,
         hippo,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         sgpa,
         spread,
         storage,
+        testing,
         training,
         variational,
     )
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "continual",
     "datasets",
+    "distributed",
     "features",
     "generative",
     "hippo",
@@ -70,6 +73,7 @@ __all__ = [
     "sgpa",
     "spread",
     "storage",
+    "testing",
     "training",
     "variational",
 ]

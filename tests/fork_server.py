@@ -1,9 +1,9 @@
-"""Runs ``gpseq`` in children that can be killed, without paying for the imports each time.
+"""Runs ``gpseq``, and jobs with checkpoints, in children that can be killed, and pays for the imports once.
 
-A script. It imports everything once, in one thread, and then answers each request, a line of JSON on standard input,
-with a line of JSON on standard output. Request: ``argv``, and when the child dies by SIGKILL: ``kill_after`` (seconds),
-or ``kill_at`` (just before the n-th call that makes something durable, from 1), or never. Answer: ``killed``,
-``status``, ``seconds``.
+A script. It imports everything, in one thread, and then answers each request, a line of JSON on standard input, with a
+line of JSON on standard output. Request: ``argv`` of the command, or ``job`` and ``directory`` (see ``kill_jobs.py``),
+and when the child dies by SIGKILL: ``kill_after`` (seconds), or ``kill_at`` (just before the n-th call that makes
+something durable, from 1), or never. Answer: ``killed``, ``status``, ``seconds``.
 """
 
 import json
@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch  # noqa: F401
 import torch._dynamo  # noqa: F401  (torch.optim imports it at its first use)
 
 from gpseq import cli, plots, stream_run, stream_setup  # noqa: F401
+from tests.kill_jobs import JOBS
 
 DURABLE = ("fsync", "replace")
 
@@ -48,7 +50,11 @@ def child(request: dict[str, Any]) -> None:
             sys.stdout, keep = quiet, sys.stdout
             if request.get("kill_at"):
                 kill_at(request["kill_at"])
-            status = cli.main(request["argv"])
+            if "job" in request:
+                JOBS[request["job"]](Path(request["directory"]))
+                status = 0
+            else:
+                status = cli.main(request["argv"])
             sys.stdout = keep
     finally:
         os._exit(status)

@@ -221,14 +221,15 @@ class GPPriorVAE(nn.Module):
             raise ValueError("x: expected both x and y, or neither, got one of them.")
         with torch.no_grad():
             if x is not None and y is not None:
-                posterior = self._posterior(x, y, missing, None)[0]
+                posterior, _, frames, _ = self._posterior(x, y, missing, None)
+                axes = frames.dim()
             elif isinstance(self.prior, SparsePrior) and self.belief is not None:
-                posterior = self.prior.at(self.belief.state)
+                posterior, axes = self.prior.at(self.belief.state), 1
             else:
                 raise ValueError("x: expected series to predict from, as this prior keeps none, got None.")
-            output = self._draws_of_output(posterior, x_new, num_samples, generator)
-            lead = x_new.dim() - (1 if self._takes_times(x_new) else 2)
-            draws = self.likelihood.mean(output).flatten(lead + 2)
+            inputs = self._arranged(x_new, self._has_columns(x_new, axes))
+            output = self._draws_of_output(posterior, inputs, num_samples, generator)
+            draws = self.likelihood.mean(output).flatten(axes + 1)
         return Predictive.from_samples(draws, self._noise_like(draws))
 
     def impute(
@@ -297,6 +298,7 @@ class GPPriorVAE(nn.Module):
         seen, frames = self._seen(x, y, missing)
         if frames.dim() != 1:
             raise ValueError(f"x: expected one series, got shape {tuple(x.shape)}.")
+        x = self._arranged(x, x.dim() > 1)
         mean, variance = self._encode(y, seen)
         prior = self.prior.following(x)
         state = prior.absorb(self.belief.state, x, mean, variance, ~frames, batch_size)
@@ -314,10 +316,34 @@ class GPPriorVAE(nn.Module):
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.decoder.parameters()), torch.get_default_dtype())
 
-    def _takes_times(self, x: Tensor) -> bool:
-        """Whether the last axis of x counts times, not columns."""
-        columns = self.prior.features.num_dims if isinstance(self.prior, SparsePrior) else 1
-        return columns == 1 and (not isinstance(self.prior, SparsePrior) or x.dim() < 2 or x.shape[-1] != 1)
+    @property
+    def _columns(self) -> int:
+        return self.prior.features.num_dims if isinstance(self.prior, SparsePrior) else 1
+
+    def _arranged(self, x: Tensor, has_columns: bool) -> Tensor:
+        """Inputs as the prior takes them, so that no one has to guess whether the last axis counts times or columns."""
+        if isinstance(self.prior, SparsePrior):
+            return x if has_columns else x.unsqueeze(-1)
+        return x.squeeze(-1) if has_columns else x
+
+    def _axes(self, x: Tensor, y: Tensor) -> int:
+        """How many axes of x count series and times, by the shape of the data beside it."""
+        times = self._columns == 1 and x.shape == y.shape[: x.dim()]
+        columns = x.dim() > 1 and x.shape[-1] == self._columns and x.shape[:-1] == y.shape[: x.dim() - 1]
+        if not times and not columns:
+            lead = x.shape if self._columns == 1 else x.shape[:-1]
+            raise ValueError(f"y: expected shape {(*lead, '*obs')} beside x of {tuple(x.shape)}, got {tuple(y.shape)}.")
+        # One number at each time has no axis of its own only where there is no other way to read it.
+        return x.dim() - (columns and (not times or y.dim() == x.dim()))
+
+    def _has_columns(self, x_new: Tensor, axes: int) -> bool:
+        """Whether inputs without data have an axis of columns, beside series with so many axes before it."""
+        if self._columns == 1 and 0 < x_new.dim() <= axes:
+            return False
+        if 1 < x_new.dim() <= axes + 1 and x_new.shape[-1] == self._columns:
+            return True
+        shape = ("*b", "m") if self._columns == 1 else ("*b", "m", self._columns)
+        raise ValueError(f"x_new: expected shape {shape} with {axes - 1} axes b, got {tuple(x_new.shape)}.")
 
     def _posterior(
         self, x: Tensor, y: Tensor, missing: Tensor | None, num_data: int | None
@@ -325,6 +351,7 @@ class GPPriorVAE(nn.Module):
         seen, frames = self._seen(x, y, missing)
         if num_data is not None:
             check_count("num_data", num_data)
+        x = self._arranged(x, x.dim() > frames.dim())
         mean, variance = self._encode(y, seen)
         scale: Tensor | float = 1.0
         if num_data is not None:
@@ -346,11 +373,9 @@ class GPPriorVAE(nn.Module):
 
     def _seen(self, x: Tensor, y: Tensor, missing: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which entries of y were observed, broadcastable to it, and at which times any was."""
-        lead = x.shape if self._takes_times(x) else x.shape[:-1]
         if not isinstance(y, Tensor) or not y.is_floating_point():
             raise TypeError(f"y: expected a floating-point tensor, got {getattr(y, 'dtype', type(y).__name__)}.")
-        if y.shape[: len(lead)] != lead:
-            raise ValueError(f"y: expected shape {(*lead, '*obs')} beside x of {tuple(x.shape)}, got {tuple(y.shape)}.")
+        lead = x.shape[: self._axes(x, y)]
         if not lead or not lead[-1]:
             raise ValueError(f"x: expected at least one time, got shape {tuple(x.shape)}.")
         if not bool(x.isfinite().all()):

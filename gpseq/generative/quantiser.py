@@ -324,9 +324,9 @@ class VectorQuantiser(nn.Module):
             self.initialise(still, generator)
         tokens = nearest_codes(still, self.codes.detach())
         codes = functional.embedding(tokens, self.codes)
-        loss = self.beta * functional.mse_loss(flat, codes.detach())
+        loss = self.beta * _mean_square(flat - codes.detach())
         if self.codebook == "gradient":
-            loss = loss + functional.mse_loss(codes, still)
+            loss = loss + _mean_square(codes - still)
         if self.training and len(flat):
             self._learn(still, tokens, generator)
         straight = flat + (codes - flat).detach()
@@ -393,3 +393,8 @@ def _choose(number: int, count: int, device: torch.device, generator: torch.Gene
     """So many places below ``number``, without repeats as long as there are enough."""
     drawn = torch.randperm(max(number, count), generator=generator, device=generator.device if generator else device)
     return drawn[:count].to(device) % number
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    """Zero where there is nothing, not NaN."""
+    return error.square().sum() / max(error.numel(), 1)

@@ -23,6 +23,7 @@ from gpseq.models.streaming_gp import LARGEST_LOG_SCALE, StreamingGP, _check_ste
 from gpseq.precision import floating_tensors
 from gpseq.variational import Belief, OnlineState
 from gpseq.variational.independent import OWN, rows, update_each
+from gpseq.variational.shards import Shards
 from gpseq.variational.sites import Convergence
 
 
@@ -146,6 +147,8 @@ class StreamingFleet(StreamingGP):
         steps: int | None = None,
         step_size: float | None = None,
         streams: Tensor | Sequence[int] | None = None,
+        *,
+        shards: Shards | None = None,
     ) -> StreamingFleet:
         """Absorb new observations of all streams, or of some, in place.
 
@@ -165,6 +168,7 @@ class StreamingFleet(StreamingGP):
             streams: indices ``(k,)`` of different streams; then ``x`` and ``y`` are about these, in that order, with k
                 in the place of S. At a cost of O(k) where the streams share their hyperparameters, and of a copy of
                 the state, O(S), where that was read, replaced or saved since the last such update.
+            shards: none: processes share a fleet by its streams, not by parts of a chunk.
 
         Returns:
             The fleet itself.
@@ -174,6 +178,8 @@ class StreamingFleet(StreamingGP):
             ValueError: as :meth:`StreamingGP.update`, or streams that do not exist or are named twice.
         """
         _check_steps(steps, step_size)
+        if shards is not None:
+            raise ValueError(f"shards: expected None, as fleets are split by streams, got {type(shards).__name__}.")
         self._check_no_fantasies("update")
         with torch.inference_mode(False), torch.no_grad():
             index = None if streams is None else self._check_streams(streams)
@@ -407,7 +413,12 @@ class StreamingFleet(StreamingGP):
         self._warm_up_by_bound(data)  # the exact fit would take all streams for one
 
     def _absorb(
-        self, state: OnlineState, data: Observations, steps: int | None, step_size: float | None
+        self,
+        state: OnlineState,
+        data: Observations,
+        steps: int | None,
+        step_size: float | None,
+        shards: Shards | None = None,
     ) -> tuple[OnlineState, Convergence | None]:
         batch = state.r.shape[:-1]
         if len(batch) != 1 or data.y.shape[:-1] != batch:  # fantasies

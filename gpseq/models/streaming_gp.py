@@ -28,6 +28,7 @@ from gpseq.models.observations import (
 )
 from gpseq.models.warmup import fit_hyperparameters
 from gpseq.variational import OnlineState, StreamingVariationalStrategy, online, sites
+from gpseq.variational.shards import Shards
 from gpseq.variational.sites import Convergence
 
 LEARN = ("never", "warmup", "basis_change")
@@ -181,6 +182,8 @@ class StreamingGP(ApproximateGP):
         missing: str = "error",
         steps: int | None = None,
         step_size: float | None = None,
+        *,
+        shards: Shards | None = None,
     ) -> StreamingGP:
         """Absorb a chunk of observations, in place and in bounded memory.
 
@@ -198,6 +201,8 @@ class StreamingGP(ApproximateGP):
                 not reached. Of no effect for Gaussian likelihoods. :attr:`convergence` tells how it went.
             step_size: the longest of these steps, in (0, 1]; ``None`` means 1 for log-concave likelihoods and 0.5
                 otherwise. Steps that lower the bound are halved in any case.
+            shards: other processes, each with the same model and a part of the chunk, perhaps an empty one; see
+                :class:`gpseq.distributed.ProcessShards`. All end with the posterior of the whole chunk.
 
         Returns:
             The model itself.
@@ -205,12 +210,16 @@ class StreamingGP(ApproximateGP):
         Raises:
             TypeError: something is not a floating-point tensor.
             ValueError: shapes, devices or values do not fit, counts or labels are none, or times pass a horizon
-                declared ``"fixed"``.
+                declared ``"fixed"``. With shards, if that is so in any process.
+            RuntimeError: another process did not take part.
         """
         _check_steps(steps, step_size)
         strategy = self.variational_strategy
         # A state made in inference mode could never take part in a graph again.
         with torch.inference_mode(False), torch.no_grad():
+            if shards is not None:
+                self._update_in_parts(x, y, noise, missing, steps, step_size, shards)
+                return self
             state = strategy.current_state()
             data = self._check(state, x, y, noise, missing)
             data.check_fits(state.r.shape[:-1])
@@ -232,6 +241,44 @@ class StreamingGP(ApproximateGP):
                 raise
             self._replace(features, state, warned_at, convergence)
         return self
+
+    def _update_in_parts(
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None,
+        missing: str,
+        steps: int | None,
+        step_size: float | None,
+        shards: Shards,
+    ) -> None:
+        """As :meth:`update`, together with others; what one of them refuses is refused by all."""
+        strategy = self.variational_strategy
+        state = strategy.current_state()
+        data, problem, signature = None, None, (0, 0)
+        try:
+            if self.learn != "never":
+                raise ValueError(
+                    f"shards: hyperparameters are not learnt from parts; expected 'never', got {self.learn!r}."
+                )
+            data = self._check(state, x, y, noise, missing)
+            data.check_fits(state.r.shape[:-1])
+            batches = torch.broadcast_shapes(state.G.shape[:-2], data.x.shape[:-2]), data.y.shape[:-1]
+            signature = (math.prod(batches[0]), math.prod(batches[1]))
+        except (TypeError, ValueError) as error:
+            problem = error
+        # Equal books are no proof of equal states, but unequal ones are of others.
+        shards.agree(problem, (*signature, state.num_features, int(state.count.sum())))
+        assert data is not None
+        inputs = shards.gather(data.inputs)
+        if not len(inputs):
+            return
+        features = self.features.following(inputs, self.covar_module, self.horizon_growth)
+        features, basis, warned_at = self._judged(features, moved=state.G is not strategy.state.G)
+        if basis is not None:
+            state = strategy.carried_to(basis)
+        state, convergence = self._absorb(state, data, steps, step_size, shards)
+        self._replace(features, state, warned_at, convergence)
 
     def _learnable(self) -> list[torch.nn.Parameter]:
         if self.learn == "never":
@@ -422,16 +469,21 @@ class StreamingGP(ApproximateGP):
         return self.features.reconstruct(coefficients, x) + self.variational_strategy.prior.mean_at(x)
 
     def _absorb(
-        self, state: OnlineState, data: Observations, steps: int | None, step_size: float | None
+        self,
+        state: OnlineState,
+        data: Observations,
+        steps: int | None,
+        step_size: float | None,
+        shards: Shards | None = None,
     ) -> tuple[OnlineState, Convergence | None]:
         prior, convergence = self.variational_strategy.prior, None
         if data.noise is not None:
-            state = online.update(state, prior, data.x, data.y, data.noise, data.observed)
+            state = online.update(state, prior, data.x, data.y, data.noise, data.observed, shards)
         else:
             longest = step_size or longest_step(self.likelihood)
             expectation = expectation_of(self.likelihood, data, frozen=True)
             state, convergence = sites.update(
-                state, prior, data.x, expectation, data.count, steps, min(0.5, longest), longest
+                state, prior, data.x, expectation, data.count, steps, min(0.5, longest), longest, shards
             )
             _report(convergence, asked_for_few=steps is not None)
         if not (state.c.abs() < LARGEST_LOG_SCALE).all():

@@ -26,6 +26,7 @@ from torch import Tensor
 from gpseq.features.base import InducingFeatures, as_inputs
 from gpseq.linalg import cholesky, natural_to_moments
 from gpseq.variational.prior import Prior
+from gpseq.variational.shards import Shards
 
 TRANSFERS = ("vfe", "adf")
 
@@ -138,6 +139,7 @@ def update(
     y: Tensor,
     noise: Tensor,
     observed: Tensor | None = None,
+    shards: Shards | None = None,
 ) -> OnlineState:
     r"""Absorb observations with Gaussian noise, exactly within the sparse model.
 
@@ -153,6 +155,7 @@ def update(
         y: targets, ``(*batch, n)``; leading batch dimensions beyond those of x share G.
         noise: noise variances s, broadcastable to ``(*batch, n)``.
         observed: which targets exist, bool, broadcastable to ``(*batch, n)``; ``None`` means all.
+        shards: the other parts of the chunk; what all of them add is summed in one exchange.
 
     Returns:
         The new state.
@@ -174,11 +177,18 @@ def update(
     weighted = A * weight.unsqueeze(-2)
     information = weighted @ A.mT
     residual = (weight * variance).sum(-1) - _trace(information)
+    shift = _apply(weighted, error)
+    constant = -0.5 * (log_scale.sum(-1) + (weight * error.square()).sum(-1) + residual)
+    if shards is not None:
+        count = torch.as_tensor(count, device=shift.device).double().expand(shift.shape[:-1])
+        constant = constant.expand(shift.shape[:-1])
+        information, shift, constant, count = shards.total(information, shift, constant, count)
+        count = count.round().long()
     return replace(
         state,
         G=state.G + 0.5 * (information + information.mT),
-        r=state.r + _apply(weighted, error),
-        c=state.c - 0.5 * (log_scale.sum(-1) + (weight * error.square()).sum(-1) + residual),
+        r=state.r + shift,
+        c=state.c + constant,
         count=state.count + count,
     )
 

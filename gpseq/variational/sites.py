@@ -37,6 +37,7 @@ from gpseq.linalg import gaussian_kl
 from gpseq.variational import online
 from gpseq.variational.online import OnlineState
 from gpseq.variational.prior import Prior
+from gpseq.variational.shards import Shards
 
 #: Expected log likelihood of each observation, ``(*batch, n)``, from means and variances of f, ``(*batch, n)``.
 Expectation = Callable[[Tensor, Tensor], Tensor]
@@ -155,6 +156,7 @@ def update(
     steps: int | None = None,
     first_step: float = 0.5,
     longest_step: float = 1.0,
+    shards: Shards | None = None,
 ) -> tuple[OnlineState, Convergence]:
     """Absorb observations whose likelihood is not Gaussian.
 
@@ -172,6 +174,7 @@ def update(
         steps: at most so many steps; ``None`` means until convergence, or :data:`MOST_STEPS`.
         first_step: length of the first step.
         longest_step: bound on the length of the others.
+        shards: the other parts of the chunk; all take the same steps, with three exchanges each.
 
     Returns:
         The new state and how it went. Gradients flow to ``x`` and ``state`` with the sites as constants.
@@ -180,10 +183,15 @@ def update(
         ValueError: the first bound is not finite: the targets do not suit the likelihood or the prior.
     """
     chunk = _chunk(state, prior, x, expectation)
-    sites, convergence = _search(state, chunk, steps, first_step, longest_step, None)
-    G, r = _with_sites(state, chunk.A, sites)
+    sites, convergence = _search(state, chunk, steps, first_step, longest_step, None, shards)
+    G, r = _with_sites(state, chunk.A, sites, shards)
     m, scale_tril = online.posterior(replace(state, G=G, r=r))
-    value = expectation(*chunk.marginals(m, scale_tril)).sum(-1) + past_bound(state, m, scale_tril)
+    value = expectation(*chunk.marginals(m, scale_tril)).sum(-1)
+    if shards is not None:
+        number = torch.as_tensor(count, device=r.device).double().expand(r.shape[:-1])
+        value, number = shards.total(value.expand(r.shape[:-1]), number)
+        count = number.round().long()
+    value = value + past_bound(state, m, scale_tril)
     # As `online.log_evidence` reads it: the evidence of the new state is the value of the bound.
     c = value - scale_tril.diagonal(dim1=-1, dim2=-2).log().sum(-1) - 0.5 * (r * m).sum(-1)
     return replace(state, G=G, r=r, c=c, count=state.count + count), convergence
@@ -229,6 +237,7 @@ def _search(
     first_step: float,
     longest_step: float,
     start: Sites | None,
+    shards: Shards | None = None,
 ) -> tuple[Sites, Convergence]:
     sites = start
     if sites is None:
@@ -236,10 +245,12 @@ def _search(
             torch.broadcast_shapes(chunk.mean.shape, (*state.r.shape[:-1], 1))
         )
         sites = Sites(nothing, nothing)
-    G, r = _with_sites(state, chunk.A, sites)
+    G, r = _with_sites(state, chunk.A, sites, shards)
     m, scale_tril = online.posterior(replace(state, G=G, r=r))
     mean, variance = chunk.marginals(m, scale_tril)
     value, alpha, beta = _expected(chunk.expectation, mean, variance)
+    if shards is not None:
+        (value,) = shards.total(value)
     value = value + past_bound(state, m, scale_tril)
     if not value.isfinite().all():
         raise ValueError("y: the expected log likelihood of the targets under the present belief is not finite.")
@@ -254,16 +265,21 @@ def _search(
         target = Sites(alpha + beta * (mean - chunk.mean), beta)
         finite = (target.shift + target.precision).isfinite().all(-1)
         new = _where(finite, _between(sites, target, s), sites)
-        G, r = _with_sites(state, chunk.A, new)
+        G, r = _with_sites(state, chunk.A, new, shards)
         m, scale_tril = online.posterior(replace(state, G=G, r=r))
         new_mean, new_variance = chunk.marginals(m, scale_tril)
         new_value, new_alpha, new_beta = _expected(chunk.expectation, new_mean, new_variance)
+        usable = finite & (new_alpha + new_beta).isfinite().all(-1)
+        moved = _largest(((new_mean - mean).abs() / variance.sqrt()).maximum((new_variance / variance - 1).abs()))
+        turn = (move * (new_mean - mean) / variance).sum(-1)
+        if shards is not None:
+            new_value, turn, unusable = shards.total(new_value, turn, (~usable).double())
+            usable, moved = unusable == 0, shards.largest(moved)
         new_value = new_value + past_bound(state, m, scale_tril)
-        rises = (new_value >= value - ROUNDING * (1 + value.abs())) & finite & (new_alpha + new_beta).isfinite().all(-1)
-        moved = ((new_mean - mean).abs() / variance.sqrt()).maximum((new_variance / variance - 1).abs()).amax(-1)
+        rises = (new_value >= value - ROUNDING * (1 + value.abs())) & usable
         movement = torch.where(rises, moved / step, movement)
         # A step back on the one before it means that both were too long, even where the bound rises.
-        turns = (move * (new_mean - mean) / variance).sum(-1) < 0
+        turns = turn < 0
         move = torch.where(rises.unsqueeze(-1), new_mean - mean, move)
         sites = _where(rises, new, sites)
         take = rises.unsqueeze(-1)
@@ -296,10 +312,17 @@ def _where(condition: Tensor, a: Sites, b: Sites) -> Sites:
     return Sites(torch.where(condition, a.shift, b.shift), torch.where(condition, a.precision, b.precision))
 
 
-def _with_sites(state: OnlineState, A: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
-    """G and r of past and chunk together."""
-    information = (A * sites.precision.unsqueeze(-2)) @ A.mT
-    return state.G + 0.5 * (information + information.mT), state.r + _apply(A, sites.shift)
+def _with_sites(state: OnlineState, A: Tensor, sites: Sites, shards: Shards | None = None) -> tuple[Tensor, Tensor]:
+    """G and r of past and chunk together, the chunk's other parts included."""
+    information, shift = (A * sites.precision.unsqueeze(-2)) @ A.mT, _apply(A, sites.shift)
+    if shards is not None:
+        information, shift = shards.total(information, shift)
+    return state.G + 0.5 * (information + information.mT), state.r + shift
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Of the last axis; zero where it is empty, as a part of a chunk may be."""
+    return values.amax(-1) if values.shape[-1] else values.sum(-1)
 
 
 def _expected(expectation: Expectation, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -334,3 +334,29 @@ def test_bad_models_are_refused():
         markov.predict(x, x)
     with pytest.raises(ValueError, match="x: expected one series"):
         model().update(*series(batch=(2,)))
+
+
+@pytest.mark.parametrize("prior", ["sparse", "matern32"])
+def test_series_of_one_time_are_series(prior: str) -> None:
+    """(b, 1) beside data is b series, not b inputs of one column; with (b, 1, 1) nobody has to guess."""
+    options: dict = {"prior": prior}
+    if prior == "sparse":
+        kernel = gpytorch.kernels.RBFKernel(batch_shape=torch.Size([2]))
+        options = {"features": InducingPoints(torch.linspace(0, 1, 8)), "covar_module": kernel}
+    vae = GPPriorVAE(nn.Linear(6, 4), nn.Linear(2, 6), num_latents=2, **options)
+    x, y = torch.linspace(0, 1, 8).expand(3, 8), torch.randn(3, 8, 6)
+    new = torch.tensor([[0.1], [0.2], [0.3]])
+    drawn = [
+        vae.predict(at, x, y, generator=torch.Generator().manual_seed(0))
+        for at in (new, new.unsqueeze(-1), torch.cat([new, new], 1))
+    ]
+    assert [tuple(p.batch_shape) for p in drawn] == [(3, 1), (3, 1), (3, 2)]
+    torch.testing.assert_close(drawn[0].samples, drawn[1].samples)
+    alone = vae.predict(new[1], x[1], y[1], num_samples=4000, generator=torch.Generator().manual_seed(1))
+    together = vae.predict(new, x, y, num_samples=4000, generator=torch.Generator().manual_seed(2))
+    assert (alone.mean - together.mean[1]).abs().max() < 0.1
+    assert vae(x[:, :1], y[:, :1]).recon.shape == (3,)
+    shared = vae.predict(torch.tensor([0.4, 0.6]), x, y)
+    assert tuple(shared.batch_shape) == (3, 2)
+    with pytest.raises(ValueError, match="x_new: expected shape"):
+        vae.predict(torch.zeros(3, 2, 2), x, y)
