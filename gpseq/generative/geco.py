@@ -17,7 +17,9 @@ class Geco(nn.Module):
     .. math::
         c \leftarrow \alpha c + (1 - \alpha) (e - \kappa^2), \qquad \lambda \leftarrow \lambda \exp(\eta c)
 
-    at each step of training: lambda grows until the mean squared error e meets kappa squared, and falls below it.
+    at each step of training: lambda grows until the mean squared error e meets kappa squared, and falls below it. The
+    noise of Gaussian observations is in neither term, so it is not learnt: begin with the tolerance,
+    ``GPPriorVAE(..., noise=tolerance)``.
 
     Args:
         tolerance: kappa squared, the mean squared error of an entry that is good enough.
