@@ -181,3 +181,20 @@ def moments_to_natural(mean: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor
     inverse = torch.linalg.solve_triangular(scale_tril, eye, upper=False)
     precision = inverse.mT @ inverse
     return (precision @ mean.unsqueeze(-1)).squeeze(-1), precision
+
+
+def row_major(value: Tensor) -> Tensor:
+    """The same numbers in the order in which they would be read from a file; expanded tensors stay as they are.
+
+    Solvers leave columns side by side. Products of the same numbers in another order round otherwise on some
+    processors, so what is to be the same after it was saved and loaded has to be kept in this order from the start.
+
+    Args:
+        value: any tensor.
+
+    Example:
+        >>> row_major(torch.zeros(2, 3).mT).stride()
+        (2, 1)
+    """
+    expanded = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value if expanded else value.contiguous()

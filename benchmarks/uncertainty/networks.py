@@ -178,7 +178,7 @@ class RandomFeatureHead(nn.Module):
             p = self.weight(phi).softmax(-1).amax(-1)
             rows = (phi * (p * (1 - p)).sqrt().unsqueeze(-1)).double()
             precision += rows.mT @ rows
-        self.factor = torch.linalg.cholesky(precision).to(self.factor.dtype)
+        self.factor = torch.linalg.cholesky(precision).to(self.factor.dtype).contiguous()  # as it is loaded
 
     def variance(self, features: Tensor) -> Tensor:
         """v, ``(B,)``."""

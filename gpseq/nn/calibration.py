@@ -23,6 +23,8 @@ POWERS = (2, 4, 8)
 #: Temperatures stay within this factor of the spread of the logits, to either side: labels without an error among them
 #: ask for none at all, and random ones for an infinite one.
 FACTOR = 100.0
+#: Labels that a grid of starts is tried on.
+GRID_LABELS = 1000
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,12 @@ def _fit(logits: Tensor, labels: Tensor, variances: Tensor) -> Calibration:
         level = variance_level(variances, power)
         typical = level.mean()
         relative = level / typical
-        # Starts: half of the squared temperature for everybody, half for the variances; and mostly the latter.
-        for share in (0.5, 0.9):
-            ends = torch.stack([single * (1 - share), single * share]).log() / bound
-            start = bound * torch.atanh(ends.clamp(-0.99, 0.99))
+        # Starts: half of the squared temperature for everybody, half for the variances; mostly the latter; and the best
+        # of a grid, as few labels can have several minima.
+        starts = [torch.stack([single * (1 - share), single * share]) for share in (0.5, 0.9)]
+        starts.append(_best_of_grid(scaled, labels, relative))
+        for ends in starts:
+            start = bound * torch.atanh((ends.log() / bound).clamp(-0.99, 0.99))
             a, b = within(_minimise(lambda t, s=relative: nlpd(within(t[0]), within(t[1]), s), start))  # type: ignore[misc]
             found.append((nlpd(a, b, relative).item(), a, float(b / typical), power))
     # Of minima that are equal but for rounding, the simpler one.
@@ -196,6 +200,17 @@ def _fit(logits: Tensor, labels: Tensor, variances: Tensor) -> Calibration:
     size = spread.square()
     before = F.cross_entropy(logits.clamp_min(-1e30), labels).item()
     return Calibration(float(best[1] * size), float(best[2] * size), best[3], best[0], plain, before, len(labels))
+
+
+@torch.no_grad()
+def _best_of_grid(scaled: Tensor, labels: Tensor, level: Tensor) -> Tensor:
+    """The best pair of a and b of a coarse grid, on some of the labels."""
+    step = -(-len(labels) // GRID_LABELS)
+    scaled, labels, level = scaled[::step], labels[::step], level.expand(len(labels))[::step]
+    values = torch.logspace(-2, 2, 9, dtype=scaled.dtype, device=scaled.device)
+    pairs = torch.cartesian_prod(values, values)
+    losses = [F.cross_entropy(scaled / (a + b * level).sqrt().unsqueeze(-1), labels) for a, b in pairs]
+    return pairs[torch.stack(losses).argmin()]
 
 
 def _minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpseq.checks import check_number
-from gpseq.linalg import covariance_root
+from gpseq.linalg import covariance_root, row_major
 from gpseq.propagation.draws import DenseDraws, Draws
 from gpseq.propagation.laws import Dense, Diagonal, Kronecker, KroneckerLaplace, Law, LowRank
 
@@ -65,6 +65,10 @@ class WeightPosterior:
     def __post_init__(self) -> None:
         for name, law in self.laws.items():
             _check_law(name, law)
+        # As they would come back from a file, so that a saved module answers alike to the last bit.
+        laws = {name: _row_major(law) for name, law in self.laws.items()}
+        object.__setattr__(self, "laws", laws)
+        object.__setattr__(self, "joints", tuple(_row_major(joint) for joint in self.joints))
         twice = sorted(name for name, number in Counter(self.names).items() if number > 1)
         if twice:
             raise ValueError(f"posterior: expected each parameter once, got {', '.join(twice)} more often.")
@@ -409,6 +413,14 @@ def _check_law(name: str, law: Any) -> None:
     lowest = float(known.detach().amin()) if known.numel() else 0.0
     if not lowest >= 0:
         raise ValueError(f"posterior: expected variances that are not negative for {name}, got {lowest}.")
+
+
+def _row_major(value: Any) -> Any:
+    """A dataclass whose tensors are row-major; itself where they are."""
+    tensors = {field.name: getattr(value, field.name) for field in fields(value)}
+    laid_out = {name: row_major(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    changed = {name: tensor for name, tensor in laid_out.items() if tensor is not tensors[name]}
+    return replace(value, **changed) if changed else value
 
 
 def _scaled(joint: Joint, factor: Tensor | float) -> Joint:

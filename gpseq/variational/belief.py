@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from gpseq.linalg import row_major
 from gpseq.precision import Float64Buffers
 
 
@@ -48,7 +49,7 @@ class Belief(Float64Buffers, Generic[State]):
         self._kind = type(state)
         self._fields = tuple(name for name, _ in state.items())
         for name, tensor in state.items():
-            self.register_buffer(name, _row_major(tensor.detach()))
+            self.register_buffer(name, row_major(tensor.detach()))
 
     @property
     def state(self) -> State:
@@ -61,7 +62,7 @@ class Belief(Float64Buffers, Generic[State]):
     def state(self, state: State) -> None:
         self._exclusive = False
         for name, tensor in state.items():
-            self._buffers[name] = _row_major(tensor)
+            self._buffers[name] = row_major(tensor)
 
     @contextmanager
     def _looked_at(self) -> Iterator[None]:
@@ -87,9 +88,3 @@ class Belief(Float64Buffers, Generic[State]):
                 else buffer.clone()
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _row_major(tensor: Tensor) -> Tensor:
-    """As it would be read from a file: solvers leave columns side by side, and products of those round otherwise."""
-    expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor if expanded else tensor.contiguous()
