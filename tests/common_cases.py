@@ -200,6 +200,17 @@ def hvae() -> Case:
     return model, (video(),), {"random": True, "bad": [(video(2),), (video() * torch.nan,)]}
 
 
+def image_features() -> Case:
+    """Features, and what the classes are made of."""
+    network = gpseq.generative.ImageFeatures(num_classes=3, image_shape=(1, 8, 8), num_features=6, width=4)
+    images = video(1)[:, 0]
+    return network, (images,), {"call": _classified, "batched": True, "bad": [(images[:, 0],), (images * torch.nan,)]}
+
+
+def _classified(network: Any, x: Tensor) -> list[Tensor]:
+    return [network(x), network.logits(x)]
+
+
 def video_vq(codebook: str) -> Case:
     """An autoencoder; the codebook is a buffer where it is an average."""
     model = gpseq.generative.VideoVQ((1, 8, 8), num_frames=3, dim=16, num_heads=2, num_codes=8, codebook=codebook)
@@ -418,6 +429,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "SGPATransformerEncoderLayer": lambda: encoder(0),
     "SGPATransformerEncoder": lambda: encoder(2),
     "HVAE": hvae,
+    "ImageFeatures": image_features,
     "VideoVQ": lambda: video_vq("ema"),
     "VideoVQ, gradient": lambda: video_vq("gradient"),
     "VectorQuantiser": quantiser,
