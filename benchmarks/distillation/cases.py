@@ -34,7 +34,12 @@ from benchmarks.uncertainty.training import CACHE, key
 from gpseq.storage import replace_file
 
 #: Contenders that are judged by the goals, and the students that they are.
-JUDGED = {OURS: "student", CALIBRATED: "student", "later blocks, 10 draws": "later blocks"}
+JUDGED = {
+    OURS: "student",
+    CALIBRATED: "student",
+    "later blocks, 10 draws": "later blocks",
+    "more text, 10 draws": "more text",
+}
 
 
 def run_case(name: str, smoke: bool, cache: Path = CACHE) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import gpseq
 from benchmarks.distillation.tasks import Setting
-from benchmarks.uncertainty.tasks import Task
+from benchmarks.uncertainty.tasks import Part, Task
 from benchmarks.uncertainty.training import Batches, key, trained
+from gpseq.datasets.text import PADDING
 from gpseq.reconfiguration import Distiller, drawing
 from gpseq.storage import replace_file
 
@@ -53,6 +54,7 @@ class Recipe:
         labels: whether it is given the labels.
         noisy: whether it draws, in training and afterwards; the others have their noise-free path alone.
         later: whether the first blocks of the teacher are kept.
+        more: whether it is given further inputs without labels, in one pass.
     """
 
     about: str
@@ -60,6 +62,7 @@ class Recipe:
     labels: bool = True
     noisy: bool = True
     later: bool = False
+    more: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -88,6 +91,12 @@ RECIPES: dict[str, Recipe] = {
     "published": Recipe('`preset="director"`: the losses and weights of the published code', {"preset": "director"}),
     "random steps": Recipe('`steps="random"`: trained on steps of random length', {"steps": "random"}),
     "later blocks": Recipe("the shipped defaults behind the first blocks of the teacher", later=True),
+    "more text": Recipe(
+        "without labels, KL of the path and of the teacher's probabilities, on the training part and on 16,000 "
+        "sentences about other things",
+        labels=False,
+        more=True,
+    ),
 }
 
 
@@ -159,7 +168,9 @@ def distilled(
             found = torch.load(file, weights_only=True)
             distiller.student.load_state_dict(found["state"])
             return Distilled(distiller.student.eval(), teacher, found["seconds_per_step"], json.loads(found["history"]))
-        batches: Any = Batches(task.train, setting.batch_size, torch.Generator().manual_seed(seed))
+        part = _with_more(setting, task, smoke) if recipe.more else task.train
+        epochs = 1 if recipe.more else epochs
+        batches: Any = Batches(part, setting.batch_size, torch.Generator().manual_seed(seed))
         begun = time.process_time()
         with nullcontext() if recipe.noisy else drawing(distiller.student, draws=False):
             history = distiller.fit(
@@ -184,6 +195,16 @@ def distilled(
     return Distilled(distiller.student.eval(), teacher, seconds, history.as_dict())
 
 
+def _with_more(setting: Setting, task: Task, smoke: bool) -> Part:
+    """The training part, several times, and further inputs; the labels are those of nothing."""
+    assert setting.more is not None
+    own = task.train.inputs
+    width = max(own.shape[1], (further := setting.more(smoke)).shape[1])
+    rows = [nn.functional.pad(x, (0, width - x.shape[1]), value=PADDING) for x in [own] * setting.again + [further]]
+    inputs = torch.cat(rows)
+    return Part(inputs, torch.zeros(len(inputs), dtype=torch.long))
+
+
 def student_file(setting: Setting, task: Task, name: str, seed: int, cache: Path, smoke: bool = False) -> Path:
     """Where a student is kept; its name changes with all that the student depends on.
 
@@ -197,7 +218,10 @@ def student_file(setting: Setting, task: Task, name: str, seed: int, cache: Path
     """
     package = Path(gpseq.__file__).parent / "reconfiguration"
     epochs = 1 if smoke else setting.epochs
-    settings = [epochs, setting.batch_size, setting.learning_rate, RECIPES[name].labels, _options(setting, name)]
+    settings: list[Any] = [epochs, setting.batch_size, setting.learning_rate, RECIPES[name].labels]
+    settings.append(_options(setting, name))
+    if RECIPES[name].more:
+        settings.append(setting.again)
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
     digest.update(key(task, "softmax", trained(task, "softmax", seed, cache).network).encode())
     digest.update(code_hash(package / f"{module}.py" for module in LEARNING).encode())

@@ -117,6 +117,22 @@ def reviews(smoke: bool = False) -> Task:
     )
 
 
+def sentences(smoke: bool = False) -> Tensor:
+    """Ids of 16,000 short English sentences of BLiMP, about nothing in particular, in a drawn order.
+
+    Args:
+        smoke: forty of them.
+    """
+    from benchmarks.uncertainty import sentiment
+
+    texts = datasets.load_blimp()
+    found = dict.fromkeys(text for part in (texts.train, texts.val, texts.test) for text in part.texts)
+    ids = sentiment.tokenize(list(found))
+    ids = ids[(ids != PADDING).sum(1) <= MAX_PIECES][:, :MAX_PIECES]
+    ids = nn.functional.pad(ids, (0, MAX_PIECES - ids.shape[1]), value=PADDING)
+    return ids[_rows(len(ids), 0)[: 40 if smoke else 16_000]]
+
+
 def _small_bert(attention: bool) -> nn.Module:
     """What a smoke test has in the place of MiniLM."""
     from transformers import BertConfig, BertModel
@@ -178,6 +194,9 @@ class Setting:
         learning_rate: peak of the rate.
         quick: names of the students of a smoke test.
         few: test inputs, and inputs outside, that moments are judged on, beside ten draws: they take long.
+        more: further inputs without labels, ``(n, ...)``, from whether it is a smoke test; students that take them see
+            them in one pass, each batch mixed with inputs of the training part.
+        again: how often the training part comes in that pass.
     """
 
     title: str
@@ -193,6 +212,8 @@ class Setting:
     learning_rate: float = 3e-3
     quick: tuple[str, ...] = ("student",)
     few: int = 300
+    more: Callable[[bool], Tensor] | None = None
+    again: int = 1
 
 
 SETTINGS: dict[str, Setting] = {
@@ -228,11 +249,13 @@ SETTINGS: dict[str, Setting] = {
         "six blocks of width 384, of which the last three are fine-tuned, 20 word pieces at most, mean pooling",
         reviews,
         6,
-        {"student": 3, "plain distillation": 1, "no labels": 1, "later blocks": 1},
+        {"student": 3, "plain distillation": 1, "no labels": 1, "later blocks": 1, "more text": 3},
         later=2,
         epochs=10,
         batch_size=25,
         learning_rate=1e-3,
         few=16,
+        more=sentences,
+        again=8,
     ),
 }
