@@ -92,8 +92,8 @@ RECIPES: dict[str, Recipe] = {
     "random steps": Recipe('`steps="random"`: trained on steps of random length', {"steps": "random"}),
     "later blocks": Recipe("the shipped defaults behind the first blocks of the teacher", later=True),
     "more text": Recipe(
-        "without labels, KL of the path and of the teacher's probabilities, on the training part and on 16,000 "
-        "sentences about other things",
+        "without labels, KL of the path and of the teacher's probabilities, in one pass over the training part, eight "
+        "times, and 16,000 sentences about other things",
         labels=False,
         more=True,
     ),
