@@ -108,7 +108,7 @@ def initial_state(features: InducingFeatures, prior: Prior, jitter: float | None
         r=factor.new_zeros(*batch, order),
         c=factor.new_zeros(batch),
         count=torch.zeros(batch, dtype=torch.int64, device=factor.device),
-        nodes=nodes,
+        nodes=nodes.clone(),  # they may be the features' own parameter, and a state is a value
         factor=factor,
         jitter=epsilon,
         whitened_weights=whitened_weights,

@@ -608,3 +608,12 @@ def test_an_unknown_transfer_is_named() -> None:
     state = fresh(HippoFeatures(4, 10.0), prior)
     with pytest.raises(ValueError, match=r"method: expected one of \('vfe', 'adf'\), got 'ep'"):
         online.transfer(state, state, prior, "ep")
+
+
+def test_a_state_does_not_move_with_the_points_that_are_learnt() -> None:
+    features = InducingPoints(torch.linspace(0, 5, 6, dtype=torch.float64).unsqueeze(-1), learn=True)
+    state = online.initial_state(features, Prior(gpytorch.kernels.RBFKernel().double()))
+    before = state.nodes.detach().clone()
+    with torch.no_grad():
+        features.points.add_(0.7)
+    assert torch.equal(state.nodes, before)
