@@ -35,6 +35,8 @@ nitpicky = True
 nitpick_ignore = [
     ("py:class", "gpseq.precision.Result"),
     *(("py:class", name) for name in ("Dataset", "FrameRule")),
+    # Torch's inventory knows neither the module nor where the class comes from.
+    *(("py:class", f"{home}.ProcessGroup") for home in ("dist", "torch.distributed.distributed_c10d")),
     *((role, name) for role in ("py:class", "py:obj") for name in ("State", "gpseq.variational.belief.State")),
 ]
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -33,7 +33,7 @@ class ProcessShards:
     belief that they had.
 
     Args:
-        group: of :mod:`torch.distributed`; ``None`` is the default group.
+        group: of ``torch.distributed``; ``None`` is the default group.
 
     Raises:
         RuntimeError: there is no such group; call ``torch.distributed.init_process_group`` first.
@@ -149,7 +149,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
 
     Args:
         parameters: the same ones in the same order in all processes, on one device.
-        group: of :mod:`torch.distributed`; ``None`` is the default group.
+        group: of ``torch.distributed``; ``None`` is the default group.
 
     Raises:
         RuntimeError: there is no such group.
