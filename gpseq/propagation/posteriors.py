@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -416,7 +416,9 @@ def _check_law(name: str, law: Any) -> None:
 
 
 def _row_major(value: Any) -> Any:
-    """A dataclass whose tensors are row-major; itself where they are."""
+    """A dataclass whose tensors are row-major; itself where they are, or where it is a law of the user's."""
+    if not is_dataclass(value):
+        return value
     tensors = {field.name: getattr(value, field.name) for field in fields(value)}
     laid_out = {name: row_major(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     changed = {name: tensor for name, tensor in laid_out.items() if tensor is not tensors[name]}
