@@ -417,7 +417,7 @@ def _check_law(name: str, law: Any) -> None:
 
 def _row_major(value: Any) -> Any:
     """A dataclass whose tensors are row-major; itself where they are, or where it is a law of the user's."""
-    if not is_dataclass(value):
+    if not is_dataclass(value) or isinstance(value, type):
         return value
     tensors = {field.name: getattr(value, field.name) for field in fields(value)}
     laid_out = {name: row_major(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
