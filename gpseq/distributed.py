@@ -4,7 +4,8 @@ What a chunk adds to a belief is a sum over its observations,
 
 .. math:: \Delta G = \sum_p A_p D_p A_p^\top, \qquad \Delta r = \sum_p A_p D_p (y_p - \mu_p),
 
-so processes that hold its parts exchange :math:`M^2 + M + 2` numbers, once, however many observations there are.
+so processes that hold its parts need one exchange of :math:`M^2 + M + 2` numbers to sum it. Models agree before it
+that no part is refused, and exchange the inputs, by which features move.
 """
 
 from __future__ import annotations
