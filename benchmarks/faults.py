@@ -1,4 +1,4 @@
-"""kill -9 at random moments: a stream, a training and a distillation, begun again until they have come to their end."""
+"""kill -9 at random moments: streams, fleets, trainings and distillations, begun again until they come to their end."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 from benchmarks.tables import table
 
 #: Kills of each job.
-KILLS = 70
+KILLS = 60
 JOBS = {
     "stream": "`gpseq stream`, chunks of 5 rows",
     "train": "`gpseq.training.fit`, a transformer with processes for attention, draws and dropout",
     "distil": "`Distiller.fit`, on its own rollout, with draws",
+    "fleet": "`FleetStore`, 30 chunks, brought again from the first one",
 }
+#: What a job leaves in its folder, the checkpoint last.
+FILES = {"stream": ["out.csv", "state"], "fleet": ["result", "fleet"]}
 
 
 def run(smoke: bool) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def run(smoke: bool) -> dict[str, Any]:
                 where = Path(folder) / "runs"
                 where.mkdir()
                 begun = time.perf_counter()
-                files = ["out.csv", "state"] if job == "stream" else ["result", "checkpoint"]
+                files = FILES.get(job, ["result", "checkpoint"])
                 found[job] = kill_at_random(server, where, 3 if smoke else KILLS, request, files)
                 found[job]["seconds"] = time.perf_counter() - begun
     finally:

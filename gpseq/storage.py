@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,20 +58,42 @@ def save(
         >>> load(path)
         ({'mean': tensor([1., 2.])}, {'rows': 2})
     """
+    replace_file(path, encode(tensors, metadata))
+
+
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes that :func:`save` writes.
+
+    Args:
+        tensors: as for :func:`save`.
+        metadata: likewise.
+
+    Returns:
+        Contents of a file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     safetensors = _safetensors()
     # A copy each: safetensors refuses tensors that are strided or share memory.
     dense = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
     header = {"checksum": _BLANK, "format": FORMAT, "version": VERSION, "metadata": dict(metadata or {})}
-    blank = safetensors.save(dense, {_ENTRY: json.dumps(header, sort_keys=True)})
+    blank = safetensors.torch.save(dense, {_ENTRY: json.dumps(header, sort_keys=True)})
     digest = hashlib.sha256(blank).hexdigest()
-    replace_file(path, blank.replace(_field(_BLANK), _field(digest), 1))
+    return blank.replace(_field(_BLANK), _field(digest), 1)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], *, mapped: bool = False, verify: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save` wrote.
 
     Args:
         path: the file.
+        mapped: leave the tensors in the file, mapped into memory: what is not touched is not read again, and takes none
+            of the process's own memory. To write into them does not change the file.
+        verify: compute the checksum, for which the whole file is read once. Without it only the header is looked at;
+            for files that this process has verified before.
 
     Returns:
         The tensors, on the CPU, and the metadata.
@@ -80,15 +104,92 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         OSError: the file cannot be read.
     """
     safetensors = _safetensors()
-    data = Path(path).read_bytes()
-    header = _header(path, data)
-    digest = str(header.get("checksum"))
-    if hashlib.sha256(data.replace(_field(digest), _field(_BLANK), 1)).hexdigest() != digest:
-        raise StorageError(f"{path} is damaged or truncated: its checksum does not match its contents.")
-    # From here on the bytes are those that save wrote. Tensors are copied out of the file's buffer, in which they are
-    # aligned to eight bytes only: vectorised sums can depend on alignment, and a resumed run must not.
-    tensors = {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
-    return tensors, header["metadata"]
+    with _contents(path, mapped) as data:
+        header = _header(path, data)
+        digest = str(header.get("checksum"))
+        if verify and _digest(data, _field(digest)) != digest:
+            raise StorageError(f"{path} is damaged or truncated: its checksum does not match its contents.")
+        if not mapped:
+            # From here on the bytes are those that save wrote. Tensors are copied out of the file's buffer, in which
+            # they are aligned to eight bytes only: vectorised sums can depend on alignment, and a resumed run must not.
+            tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+            return tensors, header["metadata"]
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, header["metadata"]
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"{path} is damaged or truncated: {error}") from error
+
+
+class Replacement:
+    """Several files that are replaced together, or none: as :func:`replace_file`, once for all.
+
+    All new contents are on the disk before the first file is renamed; where one cannot be written, all files stay as
+    they were. Between the renames, which take microseconds each, a machine that fails leaves some files new and others
+    old, each of them complete.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with Replacement() as files:
+        ...     files.write(folder / "a", b"1")
+        ...     files.write(folder / "b", b"2")
+        >>> (folder / "b").read_bytes()
+        b'2'
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[Path, tuple[Path, str]] = {}  # what is renamed to what, and the name that the caller used
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def write(self, path: str | os.PathLike[str], data: bytes) -> None:
+        """New contents of a file, flushed to the disk beside it.
+
+        Args:
+            path: the file; a symbolic link is followed.
+            data: its new contents.
+
+        Raises:
+            OSError: the directory does not exist or cannot be written to, or the disk is full.
+        """
+        target = Path(os.path.realpath(path))
+        part = target.with_name(f".{target.name}.part")
+        self._parts[part] = target, os.fspath(path)
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+    def save(
+        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """As :func:`gpseq.storage.save`, together with the other files.
+
+        Args:
+            path: the file.
+            tensors: its tensors.
+            metadata: what JSON holds.
+        """
+        self.write(path, encode(tensors, metadata))
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                for part, (target, path) in self._parts.items():
+                    try:
+                        os.replace(part, target)
+                    except OSError as error:
+                        raise type(error)(error.errno, error.strerror, path) from error
+                for directory in {target.parent for target, _ in self._parts.values()}:
+                    _flush_directory(directory)
+        finally:
+            for part in self._parts:
+                part.unlink(missing_ok=True)
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -105,27 +206,40 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: the directory does not exist or cannot be written to, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{target.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
-    _flush_directory(target.parent)
+    with Replacement() as files:
+        files.write(path, data)
+
+
+@contextmanager
+def _contents(path: str | os.PathLike[str], mapped: bool) -> Iterator[bytes | mmap.mmap]:
+    """All bytes of a file, read or mapped."""
+    if not mapped or not os.path.getsize(path):  # nothing cannot be mapped
+        yield Path(path).read_bytes()
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
+
+
+def _digest(data: bytes | mmap.mmap, field: bytes) -> str:
+    """SHA-256 of a file, with zeros where its own digest stands."""
+    digest = hashlib.sha256()
+    start = data.find(field)
+    with memoryview(data) as view:
+        if start >= 0:
+            digest.update(view[:start])
+            digest.update(_field(_BLANK))
+        digest.update(view[start + len(field) if start >= 0 else 0 :])
+    return digest.hexdigest()
 
 
 def _safetensors() -> ModuleType:
     """Import safetensors when a file is read or written, and not before: it comes with an extra."""
     try:
+        import safetensors
         import safetensors.torch
     except ImportError as error:
         raise ImportError("files of gpseq need the package safetensors: pip install 'gpseq[cli]'") from error
-    return safetensors.torch
+    return safetensors
 
 
 def _flush_directory(directory: Path) -> None:
@@ -147,7 +261,7 @@ def _field(digest: str) -> bytes:
     return f'\\"checksum\\": \\"{digest}\\"'.encode()
 
 
-def _header(path: str | os.PathLike[str], data: bytes) -> dict[str, Any]:
+def _header(path: str | os.PathLike[str], data: bytes | mmap.mmap) -> dict[str, Any]:
     """The ``"gpseq"`` entry of a safetensors header: eight bytes of length, then JSON."""
     if not data:
         raise StorageError(f"{path} is empty, not a file of gpseq.")

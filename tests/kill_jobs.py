@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import gpytorch
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpseq
+from gpseq.models import FleetStore, StreamingFleet
 from gpseq.reconfiguration import Distiller
 from gpseq.training import fit
 
@@ -43,10 +45,25 @@ def distil(directory: Path) -> None:
     gpseq.storage.save(directory / "result", distiller.student.state_dict())
 
 
+def fleet(directory: Path) -> None:
+    """A fleet in files, fed from the beginning each time: it knows itself what it has."""
+    kernel, likelihood = gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood()
+    prototype = StreamingFleet(4, gpseq.features.HippoFeatures(8, 3.0), kernel, likelihood)
+    store = FleetStore(directory / "fleet", prototype, 14)
+    for chunk in range(30):
+        generator = torch.Generator().manual_seed(chunk)
+        streams = torch.randperm(14, generator=generator)[:6]
+        times = 0.2 * (chunk + torch.rand(6, 2, generator=generator))
+        store.update(times, torch.randn(6, 2, generator=generator), streams=streams, position=chunk)
+    gpseq.storage.save(
+        directory / "result", {f"{i}.{k}": v for i in range(4) for k, v in store.shard(i).state_dict().items()}
+    )
+
+
 def _data() -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(64, 3, 8, generator=generator)
     return TensorDataset(x, (x.mean((1, 2)) > 0).long())
 
 
-JOBS = {"train": train, "distil": distil}
+JOBS = {"train": train, "distil": distil, "fleet": fleet}

@@ -92,5 +92,6 @@ def kill_at_random(
 
 
 def _result(directory: Path, files: list[str]) -> list[bytes]:
-    # A checkpoint knows how long epochs took, so of those with a result of their own the result counts.
-    return [(directory / name).read_bytes() for name in files if name != "checkpoint"]
+    # A checkpoint knows how long epochs took, so of those with a result of their own the result counts; and of a
+    # folder, which is a checkpoint, too.
+    return [(directory / name).read_bytes() for name in files if name not in ("checkpoint", "fleet")]

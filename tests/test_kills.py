@@ -1,4 +1,4 @@
-"""kill -9 during training and distillation: what is begun again ends as if nothing had happened."""
+"""kill -9 of trainings, distillations and fleets: what is begun again ends as if nothing had happened."""
 
 import os
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ def server() -> Iterator[ForkServer]:
     server.close()
 
 
-@pytest.mark.parametrize("job", ["train", "distil"])
+@pytest.mark.parametrize("job", ["train", "distil", "fleet"])
 def test_kills_at_random_moments(server: ForkServer, tmp_path: Path, job: str) -> None:
-    files = ["result", "checkpoint"]
+    files = ["result", "fleet" if job == "fleet" else "checkpoint"]
     found = kill_at_random(server, tmp_path, 10, lambda at: {"job": job, "directory": str(at)}, files)
     assert found["kills"] >= 10

@@ -168,27 +168,94 @@ def test_messages_tell_the_cases_apart(tmp_path: Path, intact: bytes) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_writer_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """As under SIGKILL: BaseException passes every handler, and the temporary file stays behind."""
+def test_a_writer_that_is_interrupted_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     path = tmp_path / "state"
     storage.save(path, {"a": torch.ones(1)})
     before = path.read_bytes()
 
-    class Killed(BaseException):
-        pass
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
 
-    def die(*args: object) -> None:
-        raise Killed
-
-    monkeypatch.setattr(os, step, die)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(os, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
         storage.save(path, {"a": torch.zeros(1000)})
-    monkeypatch.undo()
     assert path.read_bytes() == before
-    assert (tmp_path / ".state.part").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_what_a_killed_writer_left_behind_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    (tmp_path / ".state.part").write_bytes(bytes(10_000))
     storage.save(path, {"a": torch.zeros(1)})
     assert torch.equal(storage.load(path)[0]["a"], torch.zeros(1))
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    folder = lambda: {p.name: p.read_bytes() for p in tmp_path.iterdir()}  # noqa: E731
+    before = folder()
+
+    with pytest.raises(ZeroDivisionError), storage.Replacement() as files:
+        files.write(tmp_path / "a", b"new")
+        raise ZeroDivisionError
+    assert folder() == before
+
+    flush, flushed = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == 3:
+            raise OSError(28, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*c'"), storage.Replacement() as files:
+        for name in names:
+            files.write(tmp_path / name, b"new")
+    assert folder() == before
+    monkeypatch.undo()
+
+    with storage.Replacement() as files:
+        for name in names:
+            files.write(tmp_path / name, name.encode())
+        assert {name: folder()[name] for name in names} == before, "a file was replaced before all were written"
+    assert folder() == {name: name.encode() for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool])
+def test_mapped_tensors_are_those_that_were_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = tmp_path / "state"
+    tensors = {"matrix": torch.randn(40, 30).to(dtype), "number": torch.ones((), dtype=dtype), "none": torch.ones(0)}
+    storage.save(path, tensors, {"rows": 40})
+    before = path.read_bytes()
+    mapped, metadata = storage.load(path, mapped=True)
+    assert metadata == {"rows": 40}
+    assert sorted(mapped) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor)
+    mapped["matrix"].zero_()  # a private page
+    assert path.read_bytes() == before
+    storage.save(path, {"matrix": torch.zeros(1)})  # what was mapped outlives the file's name
+    assert torch.equal(mapped["number"], tensors["number"])
+
+
+def test_damage_is_noticed_in_mapped_files_too(tmp_path: Path, intact: bytes) -> None:
+    path = tmp_path / "state"
+    for place in (3, len(intact) // 2, len(intact) - 1):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 16]) + intact[place + 1 :])
+        with pytest.raises(StorageError):
+            storage.load(path, mapped=True)
+    for cut in (0, 5, len(intact) // 2, len(intact) - 1):
+        path.write_bytes(intact[:cut])
+        for verify in (True, False):
+            with pytest.raises(StorageError):
+                storage.load(path, mapped=True, verify=verify)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

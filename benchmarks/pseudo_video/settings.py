@@ -58,14 +58,14 @@ class Size:
         return replace(self, training=training)
 
 
-#: Half a minute or so a contender on one core.
+#: A minute or so a contender on one core, the whole about an hour on two.
 SMALL = Size(
     recipe=Recipe(),
     training={
-        "hvae": Training(1300, 16, 3e-3),
-        "vq": Training(300, 32, 2e-3),
-        "prior": Training(450, 32, 2e-3),
-        "diffusion": Training(450, 16, 2e-3),
+        "hvae": Training(2000, 16, 3e-3),
+        "vq": Training(600, 32, 2e-3),
+        "prior": Training(1200, 32, 2e-3),
+        "diffusion": Training(600, 16, 2e-3),
     },
     samples={"hvae": 2000, "vq": 2000, "diffusion": 500},
     hvae={"latent_dim": 16, "hidden": 128, "width": 4},
