@@ -31,9 +31,9 @@ examples:
   tail -n +1 -f feed.csv | gpseq stream - --time t --target y --chunk 10 --warmup 200 --features 64 --state feed.state
 
 Times are numbers, or dates like 2024-01-31 (ISO 8601 with dashes), which are counted in days. Rows whose target is
-empty are not learnt, but predicted. A fraction of the rows (--holdout) is kept from learning, and a sample of them,
-1000 at most, shows how well the whole past is known. If 5000 rows were learnt or fewer, the exact Gaussian process is
-computed for comparison.
+empty or NaN are not learnt, but predicted. A fraction of the rows (--holdout) is kept from learning, and a sample of
+them, 1000 at most, shows how well the whole past is known. If 5000 rows were learnt or fewer, the exact Gaussian
+process is computed for comparison.
 
 With --state the run may be stopped at any moment, even by kill -9: the same command goes on after the last complete
 chunk, with the result of an uninterrupted run. A file is always read from its start, and rows that were learnt are
@@ -307,13 +307,16 @@ def _append(path: str, lines: str, offset: int | None) -> int:
         data = (PREDICTIONS_HEADER + lines).encode()
         replace_file(path, data)
         return len(data)
-    with open(path, "r+b") as file:
-        file.truncate(offset)
-        file.seek(offset)
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
+    try:
+        with open(path, "r+b") as file:
+            file.truncate(offset)
+            file.seek(offset)
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:  # which knows the file only if it could not be opened
+        raise type(error)(error.errno, error.strerror, path) from error
 
 
 # What is printed

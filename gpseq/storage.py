@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,7 +189,8 @@ class Replacement:
                     _flush_directory(directory)
         finally:
             for part in self._parts:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # a read-only file system refuses that, too, and is what to speak of
+                    part.unlink(missing_ok=True)
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:

@@ -192,7 +192,16 @@ class StreamRun:
 
         Returns:
             What it showed.
+
+        Raises:
+            RunError: float64 cannot hold what the rows ask for.
         """
+        try:
+            return self._learn(rows)
+        except RuntimeError as error:  # of linear algebra
+            raise RunError(f"the rows up to {rows[-1].time_text} cannot be learnt: {error}") from error
+
+    def _learn(self, rows: list[Row]) -> ChunkReport:
         x, y = _times(rows), _targets(rows)
         observed = ~y.isnan()
         keys = [row_key(self.rows + i, self.options.seed) for i in range(len(rows))]
@@ -353,10 +362,16 @@ class StreamRun:
             StorageError: the file is something else, or damaged.
         """
         tensors, metadata = storage.load(path)
+        problem = f"{path} is a file of gpseq, but not the state of a stream that it can go on with."
         if metadata.get("kind") != _KIND:
-            raise storage.StorageError(
-                f"{path} is a file of gpseq, but not the state of a stream that it can go on with."
-            )
+            raise storage.StorageError(problem)
+        try:
+            return cls._restored(tensors, metadata)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of another version
+            raise storage.StorageError(problem) from error
+
+    @classmethod
+    def _restored(cls, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> StreamRun:
         options = Options(**metadata["options"])
         features = HippoFeatures(metadata["num_features"], horizon=1.0)  # the interval comes with the model's state
         model = new_model(features, *new_modules(options.kernel), options.horizon_growth)

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     Attributes:
         line: the line of the file on which the row begins; the header stands on line 1.
         time: time since the first row, in the unit of the column, or in days if the column holds dates.
-        target: the value, or ``None`` where the cell is empty.
+        target: the value, or ``None`` where the cell is empty or NaN.
         time_text: the time as it stands in the file.
         target_text: the value as it stands in the file.
         group: the cell of the ``group`` column, or ``None`` if none was asked for.
@@ -117,8 +117,9 @@ def read_rows(
     """Read the rows of a CSV table one at a time.
 
     The first line is the header. Cells are separated by commas and may be quoted; a byte order mark, either kind of
-    line ending and blank lines are accepted. Every row has as many cells as the header. A row with an empty target is
-    yielded with ``target=None``, so that who wants to can count it; every other cell must hold what it should.
+    line ending and blank lines are accepted. Every row has as many cells as the header. A row whose target
+    is empty, or ``NaN`` in upper or lower case, is yielded with ``target=None``, so that who wants to can count it;
+    every other cell must hold what it should.
 
     Args:
         source: a file, compressed if its name ends in ``.gz``, or any iterable of lines, such as
@@ -170,7 +171,7 @@ def _rows(
         except ValueError as error:
             raise TableError(f"{name}, row {line}, column {time!r}: {error}") from None
         try:
-            value = _number(target_text) if target_text else None
+            value = None if target_text.lower() in ("", "nan") else _number(target_text)
         except ValueError as error:
             raise TableError(f"{name}, row {line}, column {target!r}: {error}") from None
         yield Row(line, elapsed, value, time_text, target_text, None if at_group is None else cells[at_group].strip())

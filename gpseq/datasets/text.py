@@ -524,7 +524,11 @@ def _read_blimp(found: Path) -> dict[str, list[tuple[str, str]]]:
         return _blimp_table(found)
     table: dict[str, list[tuple[str, str]]] = {}
     for file in sorted(found.glob("*.jsonl")):
-        for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text") from error
+        for line, text in enumerate(lines, start=1):
             try:
                 row = json.loads(text)
                 name, good, bad = (row[key] for key in ("UID", "sentence_good", "sentence_bad"))

@@ -187,7 +187,8 @@ class GPPriorVAE(nn.Module):
             loss = self.beta * kl.sum() - recon.sum()
         else:
             loss = self.geco(kl.sum(), error, self.training)
-        return GPPriorVAEOutput(loss.to(output.dtype), elbo, recon, kl, error, posterior)
+        loss = loss.to(torch.promote_types(output.dtype, torch.float32))
+        return GPPriorVAEOutput(loss, elbo, recon, kl, error, posterior)
 
     def predict(
         self,
@@ -407,7 +408,8 @@ class GPPriorVAE(nn.Module):
             raise ValueError(
                 f"encoder: expected output {(*y.shape[: len(lead)], 2 * self.num_latents)}, got {tuple(codes.shape)}."
             )
-        mean, raw = codes.chunk(2, -1)
+        # Under autocast codes come short. Evidence does not stay so: the posterior and its divergence have its dtype.
+        mean, raw = codes.to(torch.promote_types(codes.dtype, torch.float32)).chunk(2, -1)
         return mean.mT, functional.softplus(raw).mT + MIN_VARIANCE
 
     def _decode(self, latents: Tensor, y: Tensor) -> Tensor:

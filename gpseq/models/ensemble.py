@@ -101,7 +101,7 @@ class StreamingEnsemble(Float64Buffers):
         Returns:
             The ensemble itself.
         """
-        snapshots = [model._snapshot() for model in self.members]
+        snapshots, log_weights = [model._snapshot() for model in self.members], self.log_weights
         before = torch.stack([model.log_evidence for model in self.members])
         try:
             for model in self.members:
@@ -111,16 +111,17 @@ class StreamingEnsemble(Float64Buffers):
                         f"models: {type(model.features).__name__} have come to different bases in different members, "
                         "so that their evidence does not compare."
                     )
+            if all(
+                torch.equal(model.state.count, old[1].count) for model, old in zip(self.members, snapshots, strict=True)
+            ):
+                return self  # nothing was observed
+            gain = torch.stack([model.log_evidence for model in self.members]) - before
+            self.log_weights = (self.discount * log_weights + gain).log_softmax(0)
         except BaseException:
             for model, snapshot in zip(self.members, snapshots, strict=True):
                 model._restore(snapshot)
+            self.log_weights = log_weights
             raise
-        if all(
-            torch.equal(model.state.count, old[1].count) for model, old in zip(self.members, snapshots, strict=True)
-        ):
-            return self  # nothing was observed
-        gain = torch.stack([model.log_evidence for model in self.members]) - before
-        self.log_weights = (self.discount * self.log_weights + gain).log_softmax(0)
         return self
 
     def predict(self, x: Tensor, noise: Tensor | None = None) -> MixtureSameFamily:

@@ -214,11 +214,17 @@ class StreamingFleet(StreamingGP):
         features, basis, warned_at = self._prepare(data, moved=state.G is not strategy.state.G)
         if basis is not None:
             state = strategy.carried_to(basis)
-        part, convergence = self._absorb(rows(state, index), data, steps, step_size)
+        then = rows(state, index)
+        part, convergence = self._absorb(then, data, steps, step_size)
         # A copy of all streams takes longer than the update of a few: it is made once, and belongs to the fleet until
         # somebody reads the state.
-        state = _put_back(state, part, index, in_place and state.G is strategy.belief.G)
-        self._replace(features, state, warned_at, convergence)
+        in_place = in_place and state.G is strategy.belief.G
+        try:
+            self._replace(features, _put_back(state, part, index, in_place), warned_at, convergence)
+        except BaseException:  # Ctrl-C
+            if in_place:
+                _put_back(state, then, index, in_place)
+            raise
         strategy.belief._exclusive = True
 
     def _update_spread(

@@ -531,14 +531,27 @@ class SpaceTimeStreamingGP(GP):
     def _replace(
         self, state: KroneckerState, features: InducingFeatures | None = None, warned_at: float | None = None
     ) -> None:
-        """The one place where the stream moves on."""
-        if features is not None and features is not self.time_features:
-            self.time_features = features
-        self.time_basis.state, self.space_basis.state = state.time, state.space
-        self.information.state = state.information
-        self._modules_of_basis = self._prior_modules()
-        if warned_at is not None:
-            self._capacity_warned_at = warned_at
+        """The one place where the stream moves on; Ctrl-C leaves it where it was."""
+        beliefs: tuple[Belief[Any], ...] = (self.time_basis, self.space_basis, self.information)
+        before = (
+            self.time_features,
+            [belief.state for belief in beliefs],
+            self._modules_of_basis,
+            self._capacity_warned_at,
+        )
+        try:
+            if features is not None and features is not self.time_features:
+                self.time_features = features
+            for belief, value in zip(beliefs, (state.time, state.space, state.information), strict=True):
+                belief.state = value
+            self._modules_of_basis = self._prior_modules()
+            if warned_at is not None:
+                self._capacity_warned_at = warned_at
+        except BaseException:
+            self.time_features, values, self._modules_of_basis, self._capacity_warned_at = before
+            for belief, value in zip(beliefs, values, strict=True):
+                belief.state = value
+            raise
 
     def get_extra_state(self) -> Tensor:
         """What is neither parameter nor state: the length of the horizon at the last capacity warning."""

@@ -235,11 +235,11 @@ class StreamingGP(ApproximateGP):
                 elif before:  # hyperparameters may just have moved
                     state = strategy.current_state()
                 state, convergence = self._absorb(state, data, steps, step_size)
+                self._replace(features, state, warned_at, convergence)
             except BaseException:
                 for parameter, value in before:
                     parameter.copy_(value)
                 raise
-            self._replace(features, state, warned_at, convergence)
         return self
 
     def _update_in_parts(
@@ -503,14 +503,20 @@ class StreamingGP(ApproximateGP):
         warned_at: float | None = None,
         convergence: Convergence | None = None,
     ) -> None:
-        """The one place where the stream moves on."""
+        """The one place where the stream moves on; Ctrl-C leaves it where it was."""
         strategy = self.variational_strategy
-        if features is not strategy.features:
-            strategy.features = features
-        strategy.state = state
-        self.convergence = convergence
-        if warned_at is not None:
-            self._capacity_warned_at = warned_at
+        before, modules = self._snapshot(), strategy._modules_of_basis
+        try:
+            if features is not strategy.features:
+                strategy.features = features
+            strategy.state = state
+            self.convergence = convergence
+            if warned_at is not None:
+                self._capacity_warned_at = warned_at
+        except BaseException:
+            strategy.features, strategy.state, self._capacity_warned_at, self.convergence = before
+            strategy._modules_of_basis = modules
+            raise
 
     def get_extra_state(self) -> Tensor:
         """What is neither parameter nor state: the length of the horizon at the last capacity warning."""

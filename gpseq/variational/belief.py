@@ -61,8 +61,8 @@ class Belief(Float64Buffers, Generic[State]):
     @state.setter
     def state(self, state: State) -> None:
         self._exclusive = False
-        for name, tensor in state.items():
-            self._buffers[name] = row_major(tensor)
+        # In one step, because Ctrl-C may come between any two.
+        self._buffers.update({name: row_major(tensor) for name, tensor in state.items()})
 
     @contextmanager
     def _looked_at(self) -> Iterator[None]:
