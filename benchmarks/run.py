@@ -25,7 +25,7 @@ CASES += ("moments", "minilm")
 CASES += ("quality_images", "quality_texts", "quality_vit", "quality_minilm")
 CASES += ("director_images", "director_texts", "director_minilm")
 CASES += ("generative_digits", "generative_air", "generative_field", "pseudo_videos")
-CASES += ("scaling", "fleet_store", "compiling", "faults", "soak")
+CASES += ("scaling", "fleet_store", "compiling", "importing", "faults", "soak")
 RESULTS = Path(__file__).parent / "results"
 
 
