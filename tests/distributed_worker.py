@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import gpseq
 from gpseq.distributed import ProcessError, ProcessShards, average_gradients
-from gpseq.models import StreamingGP
+from gpseq.models import FleetStore, StreamingFleet, StreamingGP
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +68,22 @@ def learn(kind: str, shards: ProcessShards | None) -> StreamingGP:
     return model
 
 
+def fleet(folder: Path, rank: int = 0, size: int = 1) -> FleetStore:
+    """Streams in files, of which each process learns its own."""
+    kernel, likelihood = gpytorch.kernels.RBFKernel().double(), gpytorch.likelihoods.GaussianLikelihood().double()
+    prototype = StreamingFleet(4, gpseq.features.HippoFeatures(10, horizon=4.0), kernel, likelihood)
+    if rank == 0:
+        store = FleetStore(folder, prototype, num_streams=18)
+    if size > 1:
+        dist.barrier()
+    store = FleetStore(folder, prototype).part(rank, size)
+    for chunk in range(3):
+        generator = torch.Generator().manual_seed(chunk)
+        x = 2 * (chunk + torch.rand(18, 3, generator=generator, dtype=torch.float64))
+        store.update(x, torch.randn(18, 3, generator=generator, dtype=torch.float64), position=chunk)
+    return store
+
+
 def main() -> None:
     """Learn, refuse, or die, as the command line says."""
     parser = argparse.ArgumentParser()
@@ -103,6 +119,7 @@ def update(shards: ProcessShards, out: Path) -> None:
         except ValueError as error:
             errors.append(str(error))
     unchanged = all(torch.equal(before[name], value) for name, value in model.state.items())
+    fleet(out / "fleet", shards.rank, shards.size)
     weight = torch.nn.Parameter(torch.ones(3))
     number = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
     (weight.sum() * (shards.rank + 1)).backward()
