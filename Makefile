@@ -21,7 +21,7 @@ help:
 	@echo "make format      format and fix what ruff can"
 	@echo "make docs        the documentation (build/docs/html/index.html)"
 	@echo "make benchmarks  measure;  make report  write the report from what was measured"
-	@echo "make wheel-test  install the wheel into an environment of its own and test that"
+	@echo "make wheel-test  build sdist and wheel, install them into an environment of their own and test that"
 	@echo "make clean       remove what was built;  rm -r .venv  starts the set-up afresh"
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -100,17 +100,20 @@ benchmarks: $(STAMP)
 report: $(STAMP)
 	$(BIN)/python -m benchmarks.report
 
-# --- the wheel ------------------------------------------------------------------------------------------------------
+# --- sdist and wheel ------------------------------------------------------------------------------------------------
 
-# build/lib is removed first: setuptools would pack what an earlier build left there.
+# build/lib is removed first: setuptools would pack what an earlier build left there. The wheel is built from the sdist,
+# so that both are tested at once.
 wheel: $(STAMP)
 	@rm -rf build/lib build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("build/wheel")' > /dev/null
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel build/wheel/gpseq-*.tar.gz
 
-# Runs a copy of the tests outside the checkout, where only the installed package can be imported.
+# Runs the tests of the sdist outside the checkout, where only the installed wheel can be imported.
 wheel-test: wheel
 	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
-	cp -r tests setup.cfg "$$dir"; \
+	mkdir "$$dir/sdist"; tar xzf build/wheel/gpseq-*.tar.gz -C "$$dir/sdist" --strip-components 1; \
+	mv "$$dir/sdist/tests" "$$dir/sdist/setup.cfg" "$$dir"; rm -r "$$dir/sdist"; \
 	$(PYTHON) -m venv "$$dir/venv"; python="$$dir/venv/bin/python"; \
 	"$$python" -m $(PIN); \
 	"$$python" -m $(INSTALL) "$$(ls build/wheel/gpseq-*.whl)[test,cli]"; \
