@@ -11,7 +11,8 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Name and version written into every file. A reader refuses versions that it does not know.
 FORMAT, VERSION = "gpseq-tensors", 1
@@ -104,21 +110,40 @@ def load(
         OSError: the file cannot be read.
     """
     safetensors = _safetensors()
-    with _contents(path, mapped) as data:
-        header = _header(path, data)
-        digest = str(header.get("checksum"))
-        if verify and _digest(data, _field(digest)) != digest:
-            raise StorageError(f"{path} is damaged or truncated: its checksum does not match its contents.")
-        if not mapped:
-            # From here on the bytes are those that save wrote. Tensors are copied out of the file's buffer, in which
-            # they are aligned to eight bytes only: vectorised sums can depend on alignment, and a resumed run must not.
-            tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
-            return tensors, header["metadata"]
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, header["metadata"]
-    except safetensors.SafetensorError as error:
-        raise StorageError(f"{path} is damaged or truncated: {error}") from error
+    if mapped:
+        return _mapped(safetensors, path, verify)
+    data = Path(path).read_bytes()
+    header = _verified(path, data, verify)
+    # From here on the bytes are those that save wrote. Tensors are copied out of the file's buffer, in which they are
+    # aligned to eight bytes only: vectorised sums can depend on alignment, and a resumed run must not.
+    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+    return tensors, header["metadata"]
+
+
+def _mapped(
+    safetensors: ModuleType, path: str | os.PathLike[str], verify: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    while True:
+        if not os.path.getsize(path):
+            raise StorageError(f"{path} is empty, not a file of gpseq.")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header = _verified(path, data, verify)
+        try:
+            with safetensors.safe_open(path, framework="pt") as opened:
+                # It is opened a second time, and may have been replaced meanwhile: header and tensors are of one file.
+                if json.loads(opened.metadata()[_ENTRY]) == header:
+                    return {name: opened.get_tensor(name) for name in opened.keys()}, header["metadata"]
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _verified(path: str | os.PathLike[str], data: bytes | mmap.mmap, verify: bool) -> dict[str, Any]:
+    """The header of a file, whose checksum is right."""
+    header = _header(path, data)
+    digest = str(header.get("checksum"))
+    if verify and _digest(data, _field(digest)) != digest:
+        raise StorageError(f"{path} is damaged or truncated: its checksum does not match its contents.")
+    return header
 
 
 class Replacement:
@@ -127,6 +152,8 @@ class Replacement:
     All new contents are on the disk before the first file is renamed; where one cannot be written, all files stay as
     they were. Between the renames, which take microseconds each, a machine that fails leaves some files new and others
     old, each of them complete.
+
+    One writer of a file at a time, see :func:`locked`.
 
     Example:
         >>> import tempfile
@@ -139,9 +166,11 @@ class Replacement:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[Path, tuple[Path, str]] = {}  # what is renamed to what, and the name that the caller used
+        # What is renamed to what, and the name that the caller used; nothing can be written outside of a with block.
+        self._parts: dict[Path, tuple[Path, str]] | None = None
 
     def __enter__(self) -> Replacement:
+        self._parts = {}
         return self
 
     def write(self, path: str | os.PathLike[str], data: bytes) -> None:
@@ -152,8 +181,11 @@ class Replacement:
             data: its new contents.
 
         Raises:
+            RuntimeError: there is no ``with`` block around the call.
             OSError: the directory does not exist or cannot be written to, or the disk is full.
         """
+        if self._parts is None:
+            raise RuntimeError("Replacement: files are written within a with block, which replaces them at its end.")
         target = Path(os.path.realpath(path))
         part = target.with_name(f".{target.name}.part")
         self._parts[part] = target, os.fspath(path)
@@ -178,17 +210,18 @@ class Replacement:
         self.write(path, encode(tensors, metadata))
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        parts, self._parts = self._parts or {}, None
         try:
             if kind is None:
-                for part, (target, path) in self._parts.items():
+                for part, (target, path) in parts.items():
                     try:
                         os.replace(part, target)
                     except OSError as error:
                         raise type(error)(error.errno, error.strerror, path) from error
-                for directory in {target.parent for target, _ in self._parts.values()}:
+                for directory in {target.parent for target, _ in parts.values()}:
                     _flush_directory(directory)
         finally:
-            for part in self._parts:
+            for part in parts:
                 with suppress(OSError):  # a read-only file system refuses that, too, and is what to speak of
                     part.unlink(missing_ok=True)
 
@@ -211,14 +244,38 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
         files.write(path, data)
 
 
+#: Threads of this process, a lock a file: the system's locks are between processes.
+_THREADS: dict[str, threading.Lock] = {}
+
+
 @contextmanager
-def _contents(path: str | os.PathLike[str], mapped: bool) -> Iterator[bytes | mmap.mmap]:
-    """All bytes of a file, read or mapped."""
-    if not mapped or not os.path.getsize(path):  # nothing cannot be mapped
-        yield Path(path).read_bytes()
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield data
+def locked(path: str | os.PathLike[str], places: Iterable[int]) -> Iterator[None]:
+    """Keep other threads and processes from the same places while something is read, changed and replaced.
+
+    Whoever comes later waits. A process that dies gives its places free. Where the system has no POSIX locks (Windows),
+    only threads of this process wait.
+
+    Args:
+        path: a file for nothing but this, which is made, and stays empty.
+        places: numbers from 0, such as those of files.
+
+    Example:
+        >>> import tempfile
+        >>> with locked(Path(tempfile.mkdtemp()) / "lock", [3, 1]):
+        ...     pass
+    """
+    name = os.path.realpath(path)
+    with _THREADS.setdefault(name, threading.Lock()):
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            for place in sorted(set(places)):  # always in this order, so that nobody waits in a circle
+                fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, place)
+            yield
+        finally:
+            os.close(descriptor)  # which gives all places free
 
 
 def _digest(data: bytes | mmap.mmap, field: bytes) -> str:

@@ -3,7 +3,10 @@
 import json
 import os
 import stat
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +228,50 @@ def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path, monke
             files.write(tmp_path / name, name.encode())
         assert {name: folder()[name] for name in names} == before, "a file was replaced before all were written"
     assert folder() == {name: name.encode() for name in names}
+
+
+def test_a_replacement_is_a_with_block_and_can_be_used_again(tmp_path: Path) -> None:
+    files = storage.Replacement()
+    with pytest.raises(RuntimeError, match="within a with block"):
+        files.write(tmp_path / "a", b"1")
+    for data in (b"1", b"2"):
+        with files:
+            files.write(tmp_path / "a", data)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": data}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_who_holds_a_place_is_waited_for(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second(places: list[int]) -> None:
+        with storage.locked(tmp_path / "lock", places):
+            order.append(f"second {places}")
+
+    with storage.locked(tmp_path / "lock", [1, 2, 2]):
+        thread = threading.Thread(target=second, args=([2, 0],))
+        thread.start()
+        time.sleep(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second [2, 0]"]
+
+    # Another process, which says when it has the place, and dies with it.
+    script = (
+        "import sys, time; from gpseq.storage import locked\n"
+        "with locked(sys.argv[1], [3]):\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "lock")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        second([4])  # another place
+        thread = threading.Thread(target=second, args=([3],))
+        thread.start()
+        time.sleep(0.05)
+        order.append("killed")
+        process.kill()
+        thread.join()
+    assert order[2:] == ["second [4]", "killed", "second [3]"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -18,10 +21,10 @@ from gpseq.models.fleet import StreamingFleet
 from gpseq.models.fleet_inputs import arranged, check_places, check_streams
 from gpseq.models.observations import is_gaussian
 from gpseq.models.streaming_gp import StreamingGP
-from gpseq.storage import Replacement, StorageError, load, save
+from gpseq.storage import Replacement, StorageError, load, locked, save
 
 _KIND, _SHARD = "fleet 1", "shard of a fleet 1"
-_INDEX = "fleet.safetensors"
+_INDEX, _LOCK = "fleet.safetensors", ".lock"
 _COUNT = "variational_strategy.belief.count"
 
 
@@ -30,21 +33,23 @@ class FleetStore:
 
     Memory holds one shard at a time, however many streams there are. Files are mapped rather than read; an update
     writes those shards whose streams have news, beside the old files, and puts them in their places when all are on
-    the disk. An update that raises leaves every file as it was. Stream s is stream s mod P of shard s // P, where P is
-    the number of streams of the prototype; a shard that has seen nothing has no file.
+    the disk. Stream s is stream s mod P of shard s // P, where P is the number of streams of the prototype; a shard
+    that has seen nothing has no file.
 
     **Exactly once.** Give each chunk of a feed its ``position``, a number that rises. A shard keeps the position of
     the last chunk that it took in, and passes over chunks up to it. So after a crash, of which it is not known how far
-    it got, the same chunks are simply brought again: what has been learnt is not learnt twice. A retry that another
-    process makes of the same chunk writes the same bytes.
+    it got, the same chunks are simply brought again: what has been learnt is not learnt twice. All rows of a chunk that
+    belong to one shard come in one call, because the rest of them would be passed over.
 
-    **Several processes** share a folder by its shards, see :meth:`part`; nothing has to be exchanged between them. Each
-    shard has one writer at a time.
+    **Several processes** share a folder by its shards, see :meth:`part`; nothing has to be exchanged between them. Who
+    comes to a shard at which another process is writing waits, so that the retry of a chunk by a second process finds
+    it learnt. Threads may share a store; they take turns.
 
     Args:
         directory: the folder; it is made if there is none.
         prototype: a fleet of P streams that has seen nothing, with features, kernel, mean, likelihood and options of
-            all shards. Of a folder that exists its hyperparameters are those of the folder.
+            all shards. Of a folder that exists it needs the same kinds of modules and dtypes; the values of
+            hyperparameters are those of the folder, the options (such as ``learn``) those of the prototype.
         num_streams: S; ``None`` for a folder that exists.
 
     Raises:
@@ -80,36 +85,59 @@ class FleetStore:
             raise ValueError("prototype: expected a fleet that has seen nothing.")
         if num_streams is not None:
             check_count("num_streams", num_streams)
-        self.directory = Path(directory)
-        self._fleet = copy.deepcopy(prototype).eval()  # holds one shard after the other
+        self.directory = Path(directory).absolute()
         self.shard_size = prototype.num_streams
-        index = self.directory / _INDEX
-        if not index.exists():
-            if num_streams is None:
-                raise FileNotFoundError(f"{index}: there is no fleet yet; num_streams makes one.")
-            self.directory.mkdir(parents=True, exist_ok=True)
-            sizes = {"num_streams": num_streams, "shard_size": self.shard_size}
-            save(index, self._fleet.state_dict(), {"kind": _KIND, **sizes})
-        self._blank, about = load(index)
+        with torch.inference_mode(False):
+            self._fleet = copy.deepcopy(prototype).eval()  # holds one shard after the other
+        self._turn = threading.RLock()
+        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._index = self.directory / _INDEX
+        if num_streams is None and not self._index.exists():
+            raise FileNotFoundError(f"{self._index}: there is no fleet yet; num_streams makes one.")
+        if num_streams is not None:
+            self._begin(num_streams)
+        _, about = self._load(self._index)
         if about.get("kind") != _KIND:
-            raise StorageError(f"{index} is not the index of a fleet.")
+            raise StorageError(f"{self._index} is not the index of a fleet.")
         if about["shard_size"] != self.shard_size:
             raise ValueError(
-                f"prototype: expected {about['shard_size']} streams, as in {index}, got {self.shard_size}."
+                f"prototype: expected {about['shard_size']} streams, as in {self._index}, got {self.shard_size}."
             )
+        for expected, found in zip_longest(about["structure"], _structure(self._fleet), fillvalue="nothing more"):
+            if found != expected:
+                raise ValueError(f"prototype: expected {expected!r}, as in {self._index}, got {found!r}.")
         if num_streams not in (None, about["num_streams"]):
-            raise ValueError(f"num_streams: expected {about['num_streams']}, as in {index}, got {num_streams}.")
+            raise ValueError(f"num_streams: expected {about['num_streams']}, as in {self._index}, got {num_streams}.")
         self.num_streams: int = about["num_streams"]
-        self._fill(self._blank, index)
-        self._own: range = range(self.num_shards)
-        self._verified: dict[int, tuple[int, ...]] = {}
+        # Of what all shards begin with: files of other fleets do not have it.
+        self._fleet_id = hashlib.sha256(self._index.read_bytes()).hexdigest()[:16]
+        self._own = range(self.num_shards)
+
+    def _begin(self, num_streams: int) -> None:
+        """Write the index, unless there is one: sizes, and what each shard begins with."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory / _LOCK, [0]):
+            if self._index.exists():
+                return
+            if any(self.directory.glob("shard-*.safetensors")):
+                raise StorageError(f"{self._index} is gone, but there are shards of a fleet beside it.")
+            about = {"num_streams": num_streams, "shard_size": self.shard_size, "structure": _structure(self._fleet)}
+            save(self._index, self._fleet.state_dict(), {"kind": _KIND, **about})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_turn": None, "_verified": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = threading.RLock()
 
     def __len__(self) -> int:
         return self.num_streams
 
     def __repr__(self) -> str:
         sizes = f"{self.num_streams} streams in {self.num_shards} shards"
-        return f"{type(self).__name__}({os.fspath(self.directory)!r}, {sizes})"
+        part = "" if len(self._own) == self.num_shards else f", of which {len(self._own)} are learnt here"
+        return f"{type(self).__name__}({os.fspath(self.directory)!r}, {sizes}{part})"
 
     @property
     def num_shards(self) -> int:
@@ -126,7 +154,7 @@ class FleetStore:
             size: how many processes there are.
 
         Returns:
-            A store that predicts for all streams, and learns for its own.
+            A store that predicts for all streams, and learns for its own. A part can be divided again.
 
         Raises:
             ValueError: a rank that does not exist.
@@ -135,15 +163,18 @@ class FleetStore:
         check_count("rank", rank, least=0)
         if rank >= size:
             raise ValueError(f"rank: expected a number from 0 to {size - 1}, got {rank}.")
-        new = copy.copy(self)
-        new._fleet, new._verified = copy.deepcopy(self._fleet), {}
-        new._own = range(rank, self.num_shards, size)
+        with torch.inference_mode(False):
+            new = copy.deepcopy(self)
+        new._own = self._own[rank::size]
         return new
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the last chunks that the shards took in, ``(num_shards,)``, int64; -1 where there is none."""
-        return torch.tensor([self._position(shard) for shard in range(self.num_shards)])
+        """Positions of the last chunks that the shards took in, ``(num_shards,)``, int64; -1 where there is none.
+
+        Shards without news stay behind, so that the least of them says nothing of the feed.
+        """
+        return torch.tensor([self._read(shard)[1]["position"] for shard in range(self.num_shards)])
 
     def counts(self, streams: Tensor | Sequence[int] | None = None) -> Tensor:
         """Observations absorbed by streams.
@@ -154,9 +185,9 @@ class FleetStore:
         Returns:
             ``(k,)`` or ``(S,)``, int64.
         """
-        num = self.num_streams if streams is None else len(streams)
-        found = torch.zeros(num, dtype=torch.int64)
-        for shard, rows, local in self._split(streams, range(self.num_shards)):
+        index = self._checked(streams)
+        found = torch.zeros(self.num_streams if index is None else len(index), dtype=torch.int64)
+        for shard, rows, local in self._split(index, range(self.num_shards)):
             found[rows] = self._read(shard)[0][_COUNT][local]
         return found
 
@@ -175,9 +206,9 @@ class FleetStore:
         """Absorb new observations of all streams, or of some, and write them down before this returns.
 
         Costs O(P) for every shard with news, because its file is written anew. Shards without any (all targets NaN, or
-        no stream named) are not touched. An update that raises changes nothing. One that is killed leaves some shards
-        with the chunk and some without it, if it comes to the renaming of files at all; the same ``position`` brought
-        again completes it.
+        no stream named) are not touched. An update that raises changes no file, unless it is a rename that fails, or
+        Ctrl-C between two of them. That, and a kill there, leaves some shards with the chunk and some without it; the
+        same ``position`` brought again completes it.
 
         Args:
             x: as in :meth:`StreamingFleet.update`.
@@ -202,18 +233,24 @@ class FleetStore:
         """
         if position is not None:
             check_count("position", position, least=0)
-        num = self.num_streams if streams is None else len(streams)
+            if position >= 2**63:
+                raise ValueError(f"position: expected a number below 2**63, got {position}.")
+        index = self._checked(streams)
+        num = self.num_streams if index is None else len(index)
         x, y = arranged(x, y, num, self._num_dims, missing, integers=not is_gaussian(self._fleet.likelihood))
-        by_row = isinstance(noise, Tensor) and noise.dim() == 2 and len(noise) == num
-        with Replacement() as files:
-            for shard, rows, local in self._split(streams, self._own):
-                if missing == "skip" and bool(y[rows].isnan().all()):
-                    continue
+        by_row = _has_rows(noise, y)
+        news = [
+            (shard, rows, local)
+            for shard, rows, local in self._split(index, self._own)
+            if y[rows].numel() and not (missing == "skip" and bool(y[rows].isnan().all()))
+        ]
+        with locked(self.directory / _LOCK, [shard for shard, *_ in news]), self._turn, Replacement() as files:
+            for shard, rows, local in news:
                 known, about = self._read(shard)
                 last = about["position"]
                 if position is not None and last >= position:
                     continue
-                self._fill(known, self._file(shard))
+                self._fill(known)
                 self._fleet.update(
                     x[rows] if x.dim() > 2 else x,
                     y[rows],
@@ -228,7 +265,7 @@ class FleetStore:
         return self
 
     def predict(self, x: Tensor, streams: Tensor | Sequence[int]) -> MultivariateNormal:
-        """Posterior of f of some streams.
+        """Posterior of f of some streams, without gradients.
 
         Args:
             x: inputs ``(n,)`` or ``(n, d)`` that all share, or own ones, ``(k, n, d)``.
@@ -242,24 +279,28 @@ class FleetStore:
             TypeError: ``x`` is not a floating-point tensor, or ``streams`` are not integers.
             ValueError: shapes that do not fit, no stream, or streams that do not exist or are named twice.
         """
-        index = check_streams(streams, self.num_streams, torch.device("cpu"))
-        if not len(index):
+        index = self._checked(streams)
+        if index is None or not len(index):
             raise ValueError("streams: expected at least one stream, got none.")
         x = check_places(x, self._num_dims, (len(index),))
+        if x.dim() > 2 and x.shape[:-2] != (len(index),):
+            own = f"({len(index)}, n, {self._num_dims})"
+            raise ValueError(f"x: expected inputs (n, {self._num_dims}) or {own}, got shape {tuple(x.shape)}.")
         means, covariances, order = [], [], []
         with torch.no_grad():
             for shard, rows, local in self._split(index, range(self.num_shards)):
-                self._fill(self._read(shard)[0], self._file(shard))
-                found = self._fleet.predict(x[rows] if x.dim() > 2 else x, local)
-                means.append(found.mean)
-                covariances.append(found.covariance_matrix)
+                with self._turn:
+                    self._fill(self._read(shard)[0])
+                    found = self._fleet.predict(x[rows] if x.dim() > 2 else x, local)
+                    means.append(found.mean)
+                    covariances.append(found.covariance_matrix)
                 order.append(rows)
             place = torch.cat(order).argsort()
             covariance = to_linear_operator(torch.cat(covariances)[place])  # a tensor would be factorised at once
             return MultivariateNormal(torch.cat(means)[place], covariance)
 
-    def shard(self, number: int) -> StreamingFleet:
-        """The streams of one shard as a fleet of their own: a copy, which goes its own way.
+    def shard(self, number: SupportsIndex) -> StreamingFleet:
+        """The streams of one shard as a fleet of their own: a copy, in eval mode, which goes its own way.
 
         Args:
             number: of the shard. The last one may hold streams beyond S, which have seen nothing.
@@ -267,19 +308,18 @@ class FleetStore:
         Returns:
             A fleet of P streams.
         """
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self.num_shards:
-            raise IndexError(f"number: expected a shard from 0 to {self.num_shards - 1}, got {number!r}.")
-        self._fill(self._read(number)[0], self._file(number))
-        return copy.deepcopy(self._fleet)
+        number = _index(number, self.num_shards, "number", "a shard")
+        with self._turn, torch.inference_mode(False):
+            self._fill(self._read(number)[0])
+            return copy.deepcopy(self._fleet)
 
-    def __getitem__(self, stream: int) -> StreamingGP:
+    def __getitem__(self, stream: SupportsIndex) -> StreamingGP:
         """One stream as a model of its own: a copy.
 
         Args:
             stream: its number.
         """
-        if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < self.num_streams:
-            raise IndexError(f"stream: expected a stream from 0 to {self.num_streams - 1}, got {stream!r}.")
+        stream = _index(stream, self.num_streams, "stream", "a stream")
         one = self.shard(stream // self.shard_size)[stream % self.shard_size]
         assert isinstance(one, StreamingGP)
         return one
@@ -288,49 +328,83 @@ class FleetStore:
     def _num_dims(self) -> int:
         return self._fleet.features.num_dims
 
-    def _split(self, streams: Tensor | Sequence[int] | None, shards: range) -> Iterator[tuple[int, Any, Tensor]]:
-        """Shards, which rows of a chunk are theirs, and numbers of their streams in the shard."""
-        if streams is None:
+    def _checked(self, streams: Tensor | Sequence[int] | None) -> Tensor | None:
+        return None if streams is None else check_streams(streams, self.num_streams, torch.device("cpu"))
+
+    def _split(self, index: Tensor | None, shards: range) -> Iterator[tuple[int, Any, Tensor]]:
+        """Shards in ascending order, which rows of a chunk are theirs, and numbers of their streams in the shard."""
+        if index is None:
             for shard in shards:
                 first = shard * self.shard_size
                 rows = slice(first, min(first + self.shard_size, self.num_streams))
                 yield shard, rows, torch.arange(rows.stop - rows.start)
             return
-        index = check_streams(streams, self.num_streams, torch.device("cpu"))
         order = index.argsort()
         numbers, sizes = (index[order] // self.shard_size).unique_consecutive(return_counts=True)
-        for number, rows in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
+        for number, chosen in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
             if number in shards:
-                yield number, rows, index[rows] % self.shard_size
+                yield number, chosen, index[chosen] % self.shard_size
 
     def _file(self, shard: int) -> Path:
         return self.directory / f"shard-{shard:06d}.safetensors"
 
     def _about(self, shard: int, position: int) -> dict[str, Any]:
-        return {"kind": _SHARD, "num_streams": self.num_streams, "shard": shard, "position": position}
-
-    def _position(self, shard: int) -> int:
-        file = self._file(shard)
-        return load(file, mapped=True, verify=False)[1]["position"] if file.exists() else -1
+        return {"kind": _SHARD, "fleet": self._fleet_id, "shard": shard, "position": position}
 
     def _read(self, shard: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a shard knows, mapped, and what its file says of itself; it is verified once."""
+        """What a shard knows, mapped, and what its file says of itself."""
         file = self._file(shard)
         try:
-            status = file.stat()
+            known, about = self._load(file)
         except FileNotFoundError:
-            return self._blank, self._about(shard, -1)
-        version = (status.st_ino, status.st_mtime_ns, status.st_size)
-        known, about = load(file, mapped=True, verify=self._verified.get(shard) != version)
+            return self._load(self._index)[0], self._about(shard, -1)
         if about != self._about(shard, about.get("position", -1)):
-            raise StorageError(f"{file} is not shard {shard} of a fleet of {self.num_streams} streams.")
-        self._verified[shard] = version
+            raise StorageError(f"{file} is not shard {shard} of the fleet that begins in {self._index}.")
         return known, about
 
-    def _fill(self, known: dict[str, Tensor], file: Path) -> None:
+    def _load(self, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A file, mapped; what is found once to be as it was written is not read again as a whole."""
+        status = file.stat()
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        found = load(file, mapped=True, verify=self._verified.get(file) != version)
+        self._verified[file] = version
+        return found
+
+    def _fill(self, known: dict[str, Tensor]) -> None:
         """Let the one fleet that is in memory be this shard."""
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                self._fleet.load_state_dict(known)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"prototype: it does not fit {file}: {error}") from error
+        with torch.inference_mode(False), torch.no_grad():
+            self._fleet.load_state_dict(known)
+
+
+def _structure(fleet: StreamingFleet) -> list[str]:
+    """Kinds of modules and dtypes of tensors, by name."""
+    modules = [f"{name}: {type(module).__name__}" for name, module in fleet.named_modules()]
+    return modules + [
+        f"{name}: {str(value.dtype).removeprefix('torch.')}" for name, value in fleet.state_dict().items()
+    ]
+
+
+def _has_rows(noise: Tensor | None, y: Tensor) -> bool:
+    """Whether noise variances have a row for each stream; those that do not fit are refused."""
+    if not isinstance(noise, Tensor):
+        return False
+    try:
+        fits = torch.broadcast_shapes(noise.shape, y.shape) == y.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"noise: expected a scalar or variances for y of shape {tuple(y.shape)}, got shape {tuple(noise.shape)}."
+        )
+    return noise.dim() == 2 and len(noise) == len(y)
+
+
+def _index(number: SupportsIndex, end: int, name: str, what: str) -> int:
+    """A number from 0 to ``end``."""
+    try:
+        found = -1 if isinstance(number, bool) else number.__index__()
+    except AttributeError:
+        found = -1
+    if not 0 <= found < end:
+        raise IndexError(f"{name}: expected {what} from 0 to {end - 1}, got {number!r}.")
+    return found

@@ -3,7 +3,10 @@
 import copy
 import math
 import os
+import pickle
 import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,15 @@ STREAMS, SHARD = 7, 3
 AT = torch.linspace(0.5, 5.5, 4, dtype=F64)
 
 
-def make_fleet(num: int = SHARD, dtype: torch.dtype = F64, features: Any = None, **options: Any) -> StreamingFleet:
-    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel()).to(dtype)
-    likelihood = gpytorch.likelihoods.GaussianLikelihood().to(dtype)
+def make_fleet(
+    num: int = SHARD,
+    dtype: torch.dtype = F64,
+    features: Any = None,
+    kernel: Any = gpytorch.kernels.RBFKernel,
+    likelihood: Any = gpytorch.likelihoods.GaussianLikelihood,
+    **options: Any,
+) -> StreamingFleet:
+    kernel, likelihood = gpytorch.kernels.ScaleKernel(kernel()).to(dtype), likelihood().to(dtype)
     likelihood.noise = 0.1
     return StreamingFleet(num, features or HippoFeatures(10, 6.0), kernel, likelihood, **options)
 
@@ -42,7 +51,8 @@ def draw(n: int = 3, num: int = STREAMS, seed: int = 0, dtype: torch.dtype = F64
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """All files but the lock, which is empty."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def failing(function: Any, after: int) -> Any:
@@ -288,6 +298,104 @@ def test_the_prototype_and_copies_go_their_own_way(tmp_path: Path) -> None:
     assert store.counts([0, 4]).tolist() == [3, 3]
 
 
+def test_a_folder_that_is_moved_or_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = draw()
+    store = FleetStore("fleet of streams", make_fleet(), STREAMS).update(x, y)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store.update(x, y).counts().tolist() == [6] * STREAMS
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (tmp_path / "fleet of streams" / "fleet.safetensors").unlink()
+    with pytest.raises(StorageError, match="is gone, but there are shards"):
+        FleetStore(tmp_path / "fleet of streams", make_fleet(2), STREAMS)
+    shutil.rmtree(tmp_path / "fleet of streams")
+    for call in (lambda: store.update(x, y), lambda: store.predict(AT, [0]), store.counts):
+        with pytest.raises(FileNotFoundError, match="fleet of streams"):
+            call()
+
+
+def test_copies_and_pickles_are_the_same_store(tmp_path: Path) -> None:
+    x, y = draw()
+    store = FleetStore(tmp_path, make_fleet(), STREAMS)
+    for other in (copy.deepcopy(store), pickle.loads(pickle.dumps(store)), store.part(0, 1)):
+        other.update(x, y)
+    assert store.counts().tolist() == [9] * STREAMS
+    assert len(pickle.dumps(store)) < 2 * (tmp_path / "fleet.safetensors").stat().st_size
+    part = store.part(1, 2).part(0, 1)
+    assert "of which 1 are learnt here" in repr(part)
+    part.update(x, y)
+    assert store.counts().tolist() == [9] * 3 + [12] * 3 + [9]
+
+
+def test_in_inference_mode(tmp_path: Path) -> None:
+    x, y = draw()
+    with torch.inference_mode():
+        store = FleetStore(tmp_path, make_fleet(), STREAMS).part(0, 1).update(x, y)
+        mean = store.predict(AT, [1]).mean
+        fleet = store.shard(0)
+    fleet.fit_hyperparameters(x[:3], y[:3], steps=1)
+    assert torch.equal(store.predict(AT, [1]).mean, mean)
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    x, y = draw()
+    store, alone = (
+        FleetStore(tmp_path / "threads", make_fleet(), STREAMS),
+        FleetStore(tmp_path / "one", make_fleet(), STREAMS),
+    )
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            chosen = [[0, 1, 2], [3, 4, 5], [6]]
+            list(pool.map(lambda rows: store.update(x[rows], y[rows], streams=rows), chosen))
+            alone.update(x, y)
+        expected = [alone.predict(AT, [s]).mean for s in range(STREAMS)]
+        for _ in range(3):
+            found = list(pool.map(lambda s: store.predict(AT, [s]).mean, range(STREAMS)))
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert contents(tmp_path / "threads") == contents(tmp_path / "one")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_that_bring_the_same_chunk(tmp_path: Path) -> None:
+    """As when the scheduler of a cluster believes a worker dead that is not."""
+    store, x, y = FleetStore(tmp_path, make_fleet(), STREAMS), *draw()
+    for position in range(4):
+        children = []
+        for _ in range(2):
+            with warnings.catch_warnings():  # of threads, which the children do not need
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if not child:
+                try:
+                    store.update(x, y, position=position)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert store.counts().tolist() == [12] * STREAMS
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position and belief are of one file, always."""
+    x, y = draw()
+    store = FleetStore(tmp_path, make_fleet(), STREAMS).update(x, y, position=0)
+    other, verified, calls = FleetStore(tmp_path, make_fleet()), storage._verified, []
+
+    def meanwhile(path: Any, *args: Any) -> Any:
+        found = verified(path, *args)
+        if "shard-000001" in str(path) and not calls:
+            calls.append(path)
+            other.update(x[3:6], y[3:6], streams=[3, 4, 5], position=1)
+        return found
+
+    monkeypatch.setattr(storage, "_verified", meanwhile)
+    known, about = store._read(1)
+    assert calls
+    assert (about["position"], known["variational_strategy.belief.count"].tolist()) == (1, [6, 6, 6])
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     folder, other = tmp_path / "mine", tmp_path / "other"
     x, y = draw()
@@ -310,7 +418,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         folder / "fleet.safetensors",
     ):
         shutil.copy(foreign, second)
-        with pytest.raises(StorageError, match="is not shard 1 of a fleet of 7 streams"):
+        with pytest.raises(StorageError, match="is not shard 1 of the fleet"):
             store.update(x, y)
     second.write_bytes(intact)
     assert store.counts().tolist() == [3] * STREAMS
@@ -333,12 +441,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         FleetStore(tmp_path, make_fleet(4))
     with pytest.raises(ValueError, match=r"^num_streams: expected 7"):
         FleetStore(tmp_path, make_fleet(), 8)
-    with pytest.raises(ValueError, match=r"^prototype: it does not fit"):
-        kernel = gpytorch.kernels.RBFKernel().double()
-        FleetStore(
-            tmp_path,
-            StreamingFleet(SHARD, HippoFeatures(10, 6.0), kernel, gpytorch.likelihoods.GaussianLikelihood()),
-        )
+    for other, message in (
+        (make_fleet(dtype=torch.float32), "float64"),
+        (make_fleet(features=SelectedPoints(10)), "HippoFeatures"),
+        (make_fleet(kernel=gpytorch.kernels.MaternKernel), "RBFKernel"),
+        (make_fleet(likelihood=gpytorch.likelihoods.LaplaceLikelihood), "GaussianLikelihood"),
+    ):
+        with pytest.raises(ValueError, match=rf"^prototype: expected '.*{message}', as in .*fleet\.safetensors, got"):
+            FleetStore(tmp_path, other)
     for bad in (0, -1, 2.5, True):
         with pytest.raises((TypeError, ValueError), match=r"^num_streams"):
             FleetStore(tmp_path / "new", make_fleet(), bad)  # type: ignore[arg-type]
@@ -358,8 +468,18 @@ def test_bad_arguments(tmp_path: Path) -> None:
         store.predict(AT, [7])
     with pytest.raises(ValueError, match=r"^streams: expected at least one"):
         store.predict(AT, [])
-    with pytest.raises(ValueError, match=r"^x: expected inputs"):
-        store.predict(x[:3], [0, 1])
+    for wrong in (x[:3], x[:1], x[None, :2]):
+        with pytest.raises(ValueError, match=r"^x: expected inputs"):
+            store.predict(wrong, [0, 1])
+    for shape in ((3, 3), (7, 2), (1, 7, 3), (2,)):
+        with pytest.raises(ValueError, match=r"^noise: expected a scalar or variances for y of shape \(7, 3\)"):
+            store.update(x, y, torch.ones(shape, dtype=F64))
+    for streams in (5, torch.tensor(3), [0.5], "0"):
+        for call in (lambda: store.counts(streams), lambda: store.update(x[:1], y[:1], streams=streams)):  # noqa: B023
+            with pytest.raises((TypeError, ValueError), match=r"^streams: expected"):
+                call()
+    with pytest.raises(ValueError, match=r"^position: expected a number below"):
+        store.update(x, y, position=2**63)
     for wrong in (-1, 7, True, 1.0):
         with pytest.raises(IndexError, match=r"^stream: expected"):
             store[wrong]  # type: ignore[index]
