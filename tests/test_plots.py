@@ -136,7 +136,8 @@ def test_past_errors_share_a_scale() -> None:
 
 def test_past_errors_of_one_method_on_one_axes() -> None:
     ax = axes()
-    plots.plot_past_errors(ax, {"": np.array([[0.3]])})
+    plots.plot_past_errors(ax, {"": np.array([[0.3]])}, unit="task")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tasks learnt", "past task")
     assert ax.get_xlabel() == "chunks learnt" and ax.get_ylabel() == "past chunk"
 
 

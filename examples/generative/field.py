@@ -462,7 +462,7 @@ def draw_errors(path: Path, errors: Mapping[str, Mapping[str, Sequence[Sequence[
     figure = plots.new_figure(9.0, 7.0)
     panels = {f"{kind}, {name}": matrix(one) for kind, parts in errors.items() for name, one in parts.items()}
     axes = figure.subplots(len(errors), len(panels) // len(errors))
-    plots.plot_past_errors(list(axes.flat), panels, "RMSE, held-out hours (standardised)")
+    plots.plot_past_errors(list(axes.flat), panels, "RMSE, held-out hours (standardised)", "task")
     plots.save_figure(figure, path)
 
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def plot_past_errors(
-    axes: Axes | Sequence[Axes], errors: Mapping[str, ArrayLike], error_label: str = "RMSE on held-out rows"
+    axes: Axes | Sequence[Axes],
+    errors: Mapping[str, ArrayLike],
+    error_label: str = "RMSE on held-out rows",
+    unit: str = "chunk",
 ) -> None:
     """Draw how well each past chunk is still known as the stream goes on: one heat map a method, one colour scale.
 
@@ -26,6 +29,7 @@ def plot_past_errors(
         errors: name of the method -> ``(S, S)``; entry ``[s, c]`` is the error on the held-out rows of chunk ``c``
             after chunk ``s`` was learnt, NaN where there is none (``c > s``, or nothing held out).
         error_label: label of the colour bar, with the unit.
+        unit: what the stream consists of, such as ``"task"``, for the labels of the axes.
 
     Raises:
         ValueError: the number of axes is not that of the methods, or a matrix is not square.
@@ -48,7 +52,7 @@ def plot_past_errors(
         mesh = ax.pcolormesh(edges, edges, np.ma.masked_invalid(matrix.T), cmap="viridis_r", norm=norm)
         mesh.set_edgecolor("white")
         mesh.set_linewidth(0.5 if len(matrix) <= 20 else 0)
-        style_axes(ax, "chunks learnt", "past chunk" if index == 0 else "")
+        style_axes(ax, f"{unit}s learnt", f"past {unit}" if index == 0 else "")
         ax.grid(False)
         ax.set_title(name, loc="left", fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
