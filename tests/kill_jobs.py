@@ -48,7 +48,7 @@ def distil(directory: Path) -> None:
 def fleet(directory: Path) -> None:
     """A fleet in files, fed from the beginning each time: it knows itself what it has."""
     kernel, likelihood = gpytorch.kernels.RBFKernel(), gpytorch.likelihoods.GaussianLikelihood()
-    prototype = StreamingFleet(4, gpseq.features.HippoFeatures(8, 3.0), kernel, likelihood)
+    prototype = StreamingFleet(4, gpseq.features.HippoFeatures(14, 3.0), kernel, likelihood)
     store = FleetStore(directory / "fleet", prototype, 14)
     for chunk in range(30):
         generator = torch.Generator().manual_seed(chunk)
