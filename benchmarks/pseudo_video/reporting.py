@@ -19,6 +19,8 @@ from examples.generative.pseudo_videos import draw_rows
 
 #: Videos of each contender in the picture of whole videos.
 VIDEOS = 2
+#: Recall that a contender has that has learnt anything of the variety of the images.
+LEARNT = 0.01
 
 
 def report_all(result: Mapping[str, Any], figures: Path) -> list[str]:
@@ -35,7 +37,7 @@ def report_all(result: Mapping[str, Any], figures: Path) -> list[str]:
             parts += _family(family, part, result)
         parts += _pictures(family, result, figures)
     parts += _videos(chosen, result, figures)
-    parts.append(outcome(result["datasets"]))
+    parts.append(" ".join([outcome(result["datasets"]), *_unlearnt(result["datasets"])]))
     rows = [[goal, reached, "met" if met else "missed"] for goal, reached, met in goals(result)]
     parts.append(table(["asked for", "reached", "verdict"], rows))
     parts.append(
@@ -44,6 +46,22 @@ def report_all(result: Mapping[str, Any], figures: Path) -> list[str]:
         "`python -m benchmarks.pseudo_video.run --device cuda --size large`."
     )
     return parts
+
+
+def _unlearnt(datasets: Mapping[str, Any]) -> list[str]:
+    """Families none of whose contenders has learnt to generate: what a comparison of them is worth."""
+    words = []
+    for part in datasets.values():
+        for family, found in part["families"].items():
+            recalls = [statistics.fmean(run["recall"] for run in runs) for runs in found.values() if runs]
+            if max(recalls) < LEARNT:
+                words.append(f"{TITLES[family]} on {part['title']}")
+    if not words:
+        return []
+    return [
+        f"Nobody's recall reaches {LEARNT:.0%} in {', '.join(words)}: there no contender has learnt to generate, and their "
+        "differences say nothing of frames."
+    ]
 
 
 def _about(result: Mapping[str, Any]) -> str:

@@ -77,7 +77,8 @@ def draw_rows(path: Path, names: list[str], rows: list[Tensor], every: int = 0, 
     """
     picture, gap = montage(rows), 2
     height, width = picture.shape
-    figure = plots.new_figure(1.6 + width / 75, 0.3 + height / 75)
+    margin = 0.5 + 0.07 * max(len(name) for name in names)  # inches
+    figure = plots.new_figure(margin + width / 75, 0.3 + height / 75)
     ax = figure.subplots()
     ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     step = rows[0].shape[-1] + gap
