@@ -185,6 +185,5 @@ def report(result: dict[str, Any], figures: Path) -> list[str]:
             ],
             rows,
         ),
-        "The excess of a fleet are temporaries of a slide, which the allocator keeps for a while; nothing refers to them.",
         "![Memory and time of a million updates](figures/soak.png)",
     ]

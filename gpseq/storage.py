@@ -150,8 +150,7 @@ class Replacement:
     """Several files that are replaced together, or none: as :func:`replace_file`, once for all.
 
     All new contents are on the disk before the first file is renamed; where one cannot be written, all files stay as
-    they were. Between the renames, which take microseconds each, a machine that fails leaves some files new and others
-    old, each of them complete.
+    they were. A machine that fails between the renames leaves some files new and others old, each of them complete.
 
     One writer of a file at a time, see :func:`locked`.
 
